@@ -76,7 +76,8 @@ def _deform_conv2d_arrays(
     N, C, H, W = size
     taps = kernel[0] * kernel[1]
     OH, OW = (
-        (length + 2 * padding[a] - dilation[a] * (kernel[a] - 1) - 1) // stride[a] + 1 for a, length in enumerate((H, W))
+        (length + 2 * padding[a] - dilation[a] * (kernel[a] - 1) - 1) // stride[a] + 1
+        for a, length in enumerate((H, W))
     )
     arrays: dict[str, Any] = {
         "input": _values(rng, (N, C, H, W)),

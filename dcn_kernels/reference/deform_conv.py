@@ -1,7 +1,7 @@
 """Deformable convolution beside Eq. 2 and 7, one tap p_n at a time.
 
-    y(p0) = b + sum_n w(p_n) m_n(p0) x(p0 + p_n + dp_n)                                       (Eq. 2; m: version 2)
-    dy(p0)/d dp_n = w(p_n) m_n(p0) sum_q dG(q, p0 + p_n + dp_n)/d dp_n x(q)                   (Eq. 7)
+y(p0) = b + sum_n w(p_n) m_n(p0) x(p0 + p_n + dp_n)                                       (Eq. 2; m: version 2)
+dy(p0)/d dp_n = w(p_n) m_n(p0) sum_q dG(q, p0 + p_n + dp_n)/d dp_n x(q)                   (Eq. 7)
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ def deform_conv2d_backward(
     grads = {name: np.zeros(array.shape) for name, array in given.items() if array is not None}
     kernel_width = weight.shape[3]
     for n, tap_at, modulation, groups in taps(input, offset, weight, mask, stride, padding, dilation, border):
-        grad_sampled = through_weight_transposed(w[:, :, *tap_at], grad_y[n], x.shape[1] // w.shape[1])  # dL / d(m x(p))
+        grad_sampled = through_weight_transposed(
+            w[:, :, *tap_at], grad_y[n], x.shape[1] // w.shape[1]
+        )  # dL / d(m x(p))
         sampled = np.concatenate([sample(x[n, channels], at) for channels, at, _ in groups])
         grads["weight"][:, :, *tap_at] += weight_gradient(grad_y[n], sampled * modulation, weight.shape[1])
         tap = tap_at[0] * kernel_width + tap_at[1]
