@@ -1,0 +1,138 @@
+"""Runs of elements of any dtype and stride, in and out of the kernels' own float32 or float64.
+
+Numba has no float16 or bfloat16 on CPUs: such arrays come as addresses, and elements are converted as they are read.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from dcn_kernels.cpu.jit import inner
+from dcn_kernels.shapes import BFLOAT16
+
+F16, BF16, F32, F64 = 0, 1, 2, 3
+_KINDS = {np.dtype(np.float16): F16, BFLOAT16: BF16, np.dtype(np.float32): F32, np.dtype(np.float64): F64}
+
+
+def kind(array: np.ndarray) -> int:
+    """The code of an array's dtype."""
+    return _KINDS[array.dtype]
+
+
+def _reader(code: int) -> Any:
+    @intrinsic
+    def read(typingctx, address, like):  # type: ignore[no-untyped-def]
+        """The element at `address`, in the type of `like`."""
+
+        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            f32 = ir.FloatType()
+            if code == BF16:
+                bits = builder.load(builder.inttoptr(args[0], ir.IntType(16).as_pointer()), align=2)
+                wide = builder.shl(builder.zext(bits, ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
+                value = builder.bitcast(wide, f32)
+            else:
+                stored = {F16: ir.HalfType(), F32: f32, F64: ir.DoubleType()}[code]
+                size = {F16: 2, F32: 4, F64: 8}[code]
+                value = builder.load(builder.inttoptr(args[0], stored.as_pointer()), align=size)
+            return _cast(builder, value, context.get_value_type(signature.return_type))
+
+        return like(types.intp, like), codegen
+
+    return read
+
+
+def _writer(code: int) -> Any:
+    @intrinsic
+    def write(typingctx, address, value):  # type: ignore[no-untyped-def]
+        """Store `value` at `address`, rounded to nearest even."""
+
+        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            f32, i32 = ir.FloatType(), ir.IntType(32)
+            if code == BF16:
+                number = _cast(builder, args[1], f32)
+                bits = builder.bitcast(number, i32)
+                odd = builder.and_(builder.lshr(bits, ir.Constant(i32, 16)), ir.Constant(i32, 1))
+                rounded = builder.add(builder.add(bits, ir.Constant(i32, 0x7FFF)), odd)
+                quiet = builder.or_(bits, ir.Constant(i32, 0x400000))  # a NaN stays one
+                chosen = builder.select(builder.fcmp_unordered("uno", number, number), quiet, rounded)
+                value = builder.trunc(builder.lshr(chosen, ir.Constant(i32, 16)), ir.IntType(16))
+                size = 2
+            else:
+                stored = {F16: ir.HalfType(), F32: f32, F64: ir.DoubleType()}[code]
+                size = {F16: 2, F32: 4, F64: 8}[code]
+                value = args[1]
+                if code == F16:  # from float64 in two steps, which only the compiler sees: halves are summed in float32
+                    value = _cast(builder, value, f32)
+                value = _cast(builder, value, stored)
+            builder.store(value, builder.inttoptr(args[0], value.type.as_pointer()), align=size)
+            return context.get_dummy_value()
+
+        return types.void(types.intp, value), codegen
+
+    return write
+
+
+_BITS = {ir.HalfType: 16, ir.FloatType: 32, ir.DoubleType: 64}
+
+
+def _cast(builder: ir.IRBuilder, value: ir.Value, to: ir.Type) -> ir.Value:
+    have, want = _BITS[type(value.type)], _BITS[type(to)]
+    if have == want:
+        return value
+    return builder.fpext(value, to) if have < want else builder.fptrunc(value, to)
+
+
+_read_f16, _read_bf16, _read_f32, _read_f64 = (_reader(code) for code in (F16, BF16, F32, F64))
+_write_f16, _write_bf16, _write_f32, _write_f64 = (_writer(code) for code in (F16, BF16, F32, F64))
+
+
+@inner
+def load_run(to, start, address, stride, count, code):  # type: ignore[no-untyped-def]
+    """to[start : start + count] = the elements at address, address + stride, ... (bytes), of dtype `code`."""
+    like = to[0]
+    if code == F32:
+        if stride == 4:
+            for i in range(count):
+                to[start + i] = _read_f32(address + i * 4, like)
+        else:
+            for i in range(count):
+                to[start + i] = _read_f32(address + i * stride, like)
+    elif code == F64:
+        for i in range(count):
+            to[start + i] = _read_f64(address + i * stride, like)
+    elif code == F16:
+        if stride == 2:
+            for i in range(count):
+                to[start + i] = _read_f16(address + i * 2, like)
+        else:
+            for i in range(count):
+                to[start + i] = _read_f16(address + i * stride, like)
+    else:
+        if stride == 2:
+            for i in range(count):
+                to[start + i] = _read_bf16(address + i * 2, like)
+        else:
+            for i in range(count):
+                to[start + i] = _read_bf16(address + i * stride, like)
+
+
+@inner
+def store_run(values, start, count, address, code):  # type: ignore[no-untyped-def]
+    """Write values[start : start + count] to consecutive elements of dtype `code` at address."""
+    if code == F32:
+        for i in range(count):
+            _write_f32(address + i * 4, values[start + i])
+    elif code == F64:
+        for i in range(count):
+            _write_f64(address + i * 8, values[start + i])
+    elif code == F16:
+        for i in range(count):
+            _write_f16(address + i * 2, values[start + i])
+    else:
+        for i in range(count):
+            _write_bf16(address + i * 2, values[start + i])

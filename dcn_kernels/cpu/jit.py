@@ -1,0 +1,52 @@
+"""Compile kernels with Numba and cache them on disk under a hash of this folder's sources.
+
+Numba's own cache looks at the file of the decorated function alone; an edited function that is inlined from another
+file would go unnoticed. Here every source of the folder is part of the key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numba
+from numba.core.caching import FunctionCache, IndexDataCacheFile
+
+# Contraction and reassociation let loops use fused multiply-add and vectors. No flag that assumes there are no NaNs:
+# it would delete the checks of coordinates.
+FASTMATH = {"contract", "reassoc", "nsz"}
+
+
+def _source_stamp() -> str:
+    digest = hashlib.sha256(numba.__version__.encode())
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+SOURCE_STAMP = _source_stamp()
+
+
+class _FolderCache(FunctionCache):
+    """Numba's function cache, keyed by the folder's sources instead of one file's time and size."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__(function)
+        self._cache_file = IndexDataCacheFile(self.cache_path, self._impl.filename_base, SOURCE_STAMP)
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """Compile a worker that Python calls: without the GIL, cached on disk."""
+    dispatcher = numba.njit(nogil=True, error_model="numpy", fastmath=FASTMATH)(function)
+    try:
+        dispatcher._cache = _FolderCache(function)
+    except RuntimeError:  # no writable folder for a cache: compile in each process
+        pass
+    return dispatcher
+
+
+def inner(function: Callable[..., Any]) -> Any:
+    """Compile a function that only kernels call."""
+    return numba.njit(error_model="numpy", fastmath=FASTMATH)(function)
