@@ -5,8 +5,24 @@ caller's own kind of array. See `OPS` for the list of operators.
 """
 
 from dcn_kernels.deform_conv import convert_offsets, deform_conv2d, deform_conv2d_backward
+from dcn_kernels.deform_roi_pool import (
+    deform_ps_roi_pool,
+    deform_ps_roi_pool_backward,
+    deform_roi_pool,
+    deform_roi_pool_backward,
+)
 from dcn_kernels.offset_sample import offset_sample2d, offset_sample2d_backward
 from dcn_kernels.registry import OPS
+from dcn_kernels.roi_pool import (
+    ps_roi_align,
+    ps_roi_align_backward,
+    ps_roi_pool,
+    ps_roi_pool_backward,
+    roi_align,
+    roi_align_backward,
+    roi_pool,
+    roi_pool_backward,
+)
 
 __version__ = "0.1.0"
 
@@ -16,6 +32,18 @@ __all__ = [
     "convert_offsets",
     "deform_conv2d",
     "deform_conv2d_backward",
+    "deform_ps_roi_pool",
+    "deform_ps_roi_pool_backward",
+    "deform_roi_pool",
+    "deform_roi_pool_backward",
     "offset_sample2d",
     "offset_sample2d_backward",
+    "ps_roi_align",
+    "ps_roi_align_backward",
+    "ps_roi_pool",
+    "ps_roi_pool_backward",
+    "roi_align",
+    "roi_align_backward",
+    "roi_pool",
+    "roi_pool_backward",
 ]

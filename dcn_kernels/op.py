@@ -24,6 +24,8 @@ class Sample:
     arrays: dict[str, Any]
     params: Params
     label: str = ""
+    steps: dict[str, float] = field(default_factory=dict)  # how far an argument may move without meeting a kink
+    expected: dict[str, Any] = field(default_factory=dict)  # of a case on the kinks: gradients for a grad_output of 1
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,10 @@ class Op:
     bytes: Callable[[Sizes, str, int], float]  # (sizes, direction, itemsize) -> compulsory traffic
     scatters: bool = True  # the backward adds into shared elements, so `deterministic` matters
     zero_sizes: tuple[str, ...] = field(default=("N", "R"))  # sizes that may be 0
+    saved: dict[str, str] = field(default_factory=dict)  # int64 arrays of the forward that the backward may take
+
+    kinks: Callable[[int], list[Sample]] | None = None  # seed -> cases on the kinks, with the documented gradients
+    part: Callable[[Sample, int, int], tuple[Sample, Any]] | None = None  # (layer's sample, count, seed) -> see samples
 
     def __repr__(self) -> str:
         return f"Op({self.name!r})"
@@ -97,6 +103,8 @@ def call(
     with _arrays.taken_in(op.name, given, out, backend) as taken:
         shapes.check_dtypes(op, taken.arrays)
         sizes = shapes.bind(op, taken.arrays, params)
+        if "rois" in op.arrays and (taken.backend != "cuda" or params["validate"]):  # on a GPU reading them would wait
+            shapes.check_rois(op.name, taken.arrays["rois"], sizes["N"])
         if direction == "forward":
             shapes.check_out(op, taken.out, taken.arrays, shapes.evaluate(op.output, sizes))
         run = function(op, direction, taken.backend)

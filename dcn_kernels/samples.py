@@ -111,6 +111,91 @@ def offset_sample2d(seed: int) -> list[Sample]:
     return cases
 
 
+def slopes_on_lines(image: np.ndarray, border: str, y: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(d/dy, d/dx) of an image (H, W) at whole positions y, x: what the border rules document, one pixel at a time."""
+    H, W = image.shape
+
+    def pixel(row: int, column: int) -> float:
+        if border == "edge":
+            column, row = min(max(column, 0), W - 1), min(max(row, 0), H - 1)
+        return image[row, column] if 0 <= row < H and 0 <= column < W else 0.0
+
+    slopes = np.zeros((2, *y.shape))
+    first = (
+        -1 if border == "zeros" else 0
+    )  # the first line with a slope; at H-1 "zeros" falls to 0, the others are flat
+    last = 0 if border == "zeros" else 1
+    for at in np.ndindex(y.shape):
+        row, column = int(y[at]), int(x[at])
+        if first <= row < H - last:
+            slopes[0][at] = pixel(row + 1, column) - pixel(row, column)
+        if first <= column < W - last:
+            slopes[1][at] = pixel(row, column + 1) - pixel(row, column)
+    return slopes[0], slopes[1]
+
+
+def deform_conv2d_kinks(seed: int) -> list[Sample]:
+    """One channel through a kernel of weights 1, every tap on a pixel line: offset 0 with padding 1, and whole offsets."""
+    from dcn_kernels.op import Sample
+
+    rng, cases = np.random.default_rng(seed), []
+    H, W = 4, 5
+    for border in ("zeros", "msra", "edge"):
+        for reach in (0, 3):
+            arrays, params = _deform_conv2d_arrays(
+                rng, (1, 1, H, W), 1, (3, 3), 1, 1, (1, 1), (1, 1), (1, 1), mask=False, bias=False
+            )
+            arrays["weight"] = np.ones((1, 1, 3, 3))
+            arrays["offset"] = rng.integers(-reach, reach + 1, arrays["offset"]).astype(float)
+            tap, oy, ox = np.mgrid[:9, :H, :W]
+            y = oy - 1 + tap // 3 + arrays["offset"][0, 0::2]
+            x = ox - 1 + tap % 3 + arrays["offset"][0, 1::2]
+            expected = np.zeros_like(arrays["offset"])
+            expected[0, 0::2], expected[0, 1::2] = slopes_on_lines(arrays["input"][0, 0], border, y, x)
+            label = f"kink: {border}, " + ("whole offsets" if reach else "offset 0")
+            cases.append(Sample(arrays, {**params, "border": border}, label, expected={"offset": expected}))
+    return cases
+
+
+def offset_sample2d_kinks(seed: int) -> list[Sample]:
+    """One channel, every position on a pixel line."""
+    from dcn_kernels.op import Sample
+
+    rng, cases = np.random.default_rng(seed), []
+    for border in ("zeros", "msra", "edge"):
+        arrays = {"input": _values(rng, (1, 1, 4, 5)), "offset": rng.integers(-3, 4, (1, 2, 4, 5)).astype(float)}
+        row, column = np.mgrid[:4, :5]
+        y, x = row + arrays["offset"][0, 0], column + arrays["offset"][0, 1]
+        expected = np.stack(slopes_on_lines(arrays["input"][0, 0], border, y, x))[None]
+        params = {"border": border, "deterministic": False}
+        cases.append(Sample(arrays, params, f"kink: {border}, whole offsets", expected={"offset": expected}))
+    return cases
+
+
+def deform_conv2d_part(sample: Sample, count: int, seed: int) -> tuple[Sample, Any]:
+    """`count` output positions of one image as a call of their own, for the reference, and their index in the output.
+
+    The way from the first position to each of them is added to its offset, so the call is a row of `count` positions.
+    Its result is ``output[index]``, and where grad_output is 0 elsewhere its gradients of all other arguments are
+    those of the whole; `index` also says where those of offset and mask belong.
+    """
+    from dcn_kernels.op import Sample
+
+    rng, offset = np.random.default_rng(seed), sample.arrays["offset"]
+    N, channels, OH, OW = offset.shape
+    n = int(rng.integers(N))
+    flat = np.sort(rng.choice(OH * OW, min(count, OH * OW), replace=False))
+    oy, ox = np.divmod(flat, OW)
+    stride_y, stride_x = sample.params["stride"]
+    moved = offset[n][:, oy, ox].astype(np.float64)
+    moved[0::2] += oy * stride_y
+    moved[1::2] += (ox - np.arange(len(flat))) * stride_x
+    arrays = {**sample.arrays, "input": sample.arrays["input"][n : n + 1], "offset": moved[None, :, None]}
+    if "mask" in arrays:
+        arrays["mask"] = arrays["mask"][n][:, oy, ox][None, :, None]
+    return Sample(arrays, sample.params, sample.label), (slice(n, n + 1), slice(None), oy, ox)
+
+
 def layer_offsets(rng: np.random.Generator, shape: tuple[int, ...], offsets: str, spread: float) -> np.ndarray:
     """Offsets (N, channels, OH, OW) for timing: "zero", "random" (independent) or "smooth" (wanders slowly)."""
     if offsets == "zero":
@@ -161,3 +246,198 @@ def offset_sample2d_layer(
     offset = layer_offsets(rng, (N, 2 * layer["offset_groups"], H, W), offsets, spread)
     arrays = {"input": rng.standard_normal((N, C, H, W)), "offset": offset}
     return Sample(arrays, {"border": "edge", "deterministic": False}, offsets)
+
+
+# ---------------------------------------------------------------- RoI operators
+#
+# A RoI is made from where it starts on the map and how long it is, so that bins and samples fall where they should:
+# the fraction of every sample's coordinate lies in [0.2, 0.4] or [0.6, 0.8], off the cell edges and off the jumps of
+# every border rule (whole pixels, and half a pixel outside).
+
+_SCALE = 0.25  # exact in every dtype
+_MAP = (2, 6, 7)  # N, H, W
+
+
+def _distinct(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Maps whose pixels differ by a quarter at least, so that a maximum stays where it is under a small step."""
+    planes = [rng.permutation(shape[-2] * shape[-1]) for _ in range(shape[0] * shape[1])]
+    return np.stack(planes).reshape(shape) / 4 - shape[-2] * shape[-1] / 8
+
+
+def _boxes(
+    rng: np.random.Generator,
+    count: int,
+    sizes: tuple[float, ...],
+    fraction: float,
+    convention: str,
+    unit: tuple[int, int] = (1, 1),
+) -> tuple[np.ndarray, np.ndarray]:
+    """(rois (R, 5), their sizes on the map as (R, 2) of x, y): they start `fraction` after a whole pixel."""
+    size = rng.choice(sizes, (count, 2)) * np.array(unit[::-1])  # sizes in units (y, x)
+    start = np.stack([rng.integers(-2, length - 2, count) for length in (_MAP[2], _MAP[1])], axis=1) + fraction
+    image = rng.integers(0, _MAP[0], count)
+    if convention == "align":  # start = x1*s - 0.5
+        low, high = (start + 0.5) / _SCALE, (start + 0.5 + size) / _SCALE
+    elif convention == "rfcn":  # start = round(x1)*s - 0.5, the last pixel included; moved off the rounding's kink
+        low, high = (start + 0.5) / _SCALE + 0.25, (start + 0.5 + size) / _SCALE - 1.25
+    else:  # start = round(x1*s), the last pixel included
+        low, high = np.round(start) / _SCALE + 0.5, (np.round(start) + size - 1) / _SCALE - 0.5
+    return np.concatenate([image[:, None], low, high], axis=1), size
+
+
+def _shifts(rng: np.random.Generator, shape: tuple[int, ...], reach: np.ndarray, fractions: list[float]) -> np.ndarray:
+    """Normalised offsets (R, 2*classes, PH, PW), x before y: `reach` (R, 2) pixels of shift per unit."""
+    pixels = rng.integers(-2, 2, shape) + rng.choice(fractions, shape) + rng.integers(-4, 5, shape) / 128
+    return pixels / np.tile(reach, (1, shape[1] // 2))[:, :, None, None]
+
+
+def roi_pool(seed: int) -> list[Sample]:
+    """Both modes of roi_pool."""
+    from dcn_kernels.op import Sample
+
+    rng, cases = np.random.default_rng(seed), []
+    for mode, C, output_size in (("max", 2, (3, 2)), ("avg", 3, (2, 3)), ("max", 3, (1, 1)), ("avg", 1, (4, 4))):
+        arrays = {
+            "input": _distinct(rng, (_MAP[0], C, *_MAP[1:])),
+            "rois": _boxes(rng, 4, (1, 3, 5, 8), 0, "whole")[0],
+        }
+        label = f"{mode} {output_size[0]}x{output_size[1]}"
+        cases.append(Sample(arrays, _roi_params(output_size, mode=mode), label, steps={"input": 0.1}))
+    return cases
+
+
+def _roi_params(output_size: tuple[int, int], spatial_scale: float = _SCALE, **more: Any) -> dict[str, Any]:
+    common = {"output_size": output_size, "spatial_scale": spatial_scale, "deterministic": False, "validate": False}
+    return {**common, **more}
+
+
+def ps_roi_pool(seed: int) -> list[Sample]:
+    """Both conventions of ps_roi_pool, with groups of every kind."""
+    from dcn_kernels.op import Sample
+
+    rng, cases = np.random.default_rng(seed), []
+    for convention, C, output_size, group_size in (
+        ("rfcn", 8, (2, 2), None),
+        ("rfcn", 8, (4, 4), 2),
+        ("rfcn", 9, (2, 4), 3),
+        ("torchvision", 12, (2, 3), None),
+    ):
+        arrays = {
+            "input": _values(rng, (_MAP[0], C, *_MAP[1:])),
+            "rois": _boxes(rng, 4, (0.25, 2, 4.5, 7), 0.25, "rfcn")[0],
+        }
+        params = _roi_params(output_size, group_size=group_size, convention=convention)
+        cases.append(Sample(arrays, params, f"{convention} group_size={group_size}"))
+    return cases
+
+
+def roi_align(seed: int) -> list[Sample]:
+    """roi_align with and without half a pixel's shift, with grids that are given and that follow the RoI."""
+    from dcn_kernels.op import Sample
+
+    rng, cases = np.random.default_rng(seed), []
+    for aligned, ratio, C, output_size in ((True, 2, 3, (2, 2)), (False, -1, 2, (3, 2)), (True, 0, 17, (1, 2))):
+        rois = _boxes(rng, 4, (2, 4, 6), 0.25, "align")[0]
+        arrays = {"input": _values(rng, (_MAP[0], C, *_MAP[1:])), "rois": rois}
+        params = _roi_params(output_size, sampling_ratio=ratio, aligned=aligned)
+        cases.append(Sample(arrays, params, f"aligned={aligned} sampling_ratio={ratio}"))
+    return cases
+
+
+def ps_roi_align(seed: int) -> list[Sample]:
+    """ps_roi_align with a given grid and with one that follows the RoI."""
+    from dcn_kernels.op import Sample
+
+    rng, cases = np.random.default_rng(seed), []
+    for ratio, C, output_size in ((2, 12, (3, 2)), (-1, 8, (2, 2))):
+        rois = _boxes(rng, 4, (2, 4, 6), 0.25, "align")[0]
+        arrays = {"input": _values(rng, (_MAP[0], C, *_MAP[1:])), "rois": rois}
+        cases.append(Sample(arrays, _roi_params(output_size, sampling_ratio=ratio), f"sampling_ratio={ratio}"))
+    return cases
+
+
+def deform_roi_pool(seed: int) -> list[Sample]:
+    """Every convention of deform_roi_pool, with and without offsets and masks."""
+    from dcn_kernels.op import Sample
+
+    rng, cases = np.random.default_rng(seed), []
+    for convention, ratio, C, (PH, PW), gamma, offset, mask in (
+        ("paper", 0, 3, (2, 3), 0.1, True, True),
+        ("paper", 0, 2, (2, 2), 0.25, True, False),
+        ("paper", 0, 2, (3, 3), 0.1, False, True),
+        ("mmcv", 2, 3, (2, 2), 0.1, True, True),
+        ("mmcv", 0, 2, (2, 1), 0.1, True, False),
+        ("rfcn", 2, 3, (2, 2), 0.1, True, True),
+        ("rfcn", 0, 17, (2, 1), 0.25, True, False),
+    ):
+        points = ratio or 4
+        boxes, sizes, unit, fractions = {
+            "paper": ("whole", (1, 3, 5), (1, 1), [0.25, 0.75]),  # pixels are moved: the shift alone is no whole number
+            "mmcv": ("align", (ratio or 1, ratio or 2), (PH, PW), [0.0, 0.5]),  # samples one pixel apart
+            "rfcn": ("rfcn", (0.5, 1), (PH * points, PW * points), [0.0, 0.5]),  # half a pixel or one apart
+        }[convention]
+        rois, size = _boxes(rng, 4, sizes, 0.25, boxes, unit)
+        arrays = {"input": _values(rng, (_MAP[0], C, *_MAP[1:])), "rois": rois}
+        if offset:
+            arrays["offset"] = _shifts(rng, (4, 2, PH, PW), gamma * size, fractions)
+        if mask:
+            arrays["mask"] = rng.integers(8, 64, (4, PH, PW)) / 64
+        params = _roi_params((PH, PW), gamma=gamma, sampling_ratio=ratio, convention=convention)
+        steps = {"offset": 0.125 / float(gamma * size.max())}  # an eighth of a pixel
+        cases.append(Sample(arrays, params, f"{convention} sampling_ratio={ratio} C={C}", steps=steps))
+    return cases
+
+
+def deform_ps_roi_pool(seed: int) -> list[Sample]:
+    """deform_ps_roi_pool with classes, parts and groups of every kind."""
+    from dcn_kernels.op import Sample
+
+    rng, cases = np.random.default_rng(seed), []
+    for C, P, group_size, part_size, per_part, classes in (
+        (8, 2, None, None, 2, 1),
+        (16, 2, None, None, 2, 2),
+        (12, 4, 2, 2, 1, 3),
+        (4, 2, 1, 1, 4, 2),
+        (8, 2, None, None, 2, 0),
+    ):
+        rois, size = _boxes(rng, 4, (P * per_part / 2, P * per_part), 0.25, "rfcn")  # samples half or one pixel apart
+        arrays = {"input": _values(rng, (_MAP[0], C, *_MAP[1:])), "rois": rois}
+        if classes:
+            part = part_size or P
+            arrays["trans"] = _shifts(rng, (4, 2 * classes, part, part), 0.1 * size, [0.0, 0.5])
+        params = _roi_params(
+            (P, P), group_size=group_size, part_size=part_size, sample_per_part=per_part, trans_std=0.1
+        )
+        label = f"group_size={group_size} part_size={part_size} classes={classes}"
+        cases.append(Sample(arrays, params, label, steps={"trans": 0.125 / float(0.1 * size.max())}))
+    return cases
+
+
+def _roi_layer(layer: dict[str, Any], seed: int) -> tuple[np.random.Generator, dict[str, Any]]:
+    """Input and rois of a layer: sizes N C H W R, spatial_scale; boxes from 1/16 of the image to all of it."""
+    rng = np.random.default_rng(seed)
+    N, C, H, W, R = (layer[letter] for letter in "NCHWR")
+    length = np.array([W, H]) / layer["spatial_scale"]
+    size = length * np.exp(rng.uniform(np.log(1 / 16), 0, (R, 2)))
+    low = rng.uniform(0, 1, (R, 2)) * (length - size)
+    rois = np.concatenate([rng.integers(0, N, (R, 1)), low, low + size], axis=1)
+    return rng, {"input": rng.standard_normal((N, C, H, W)), "rois": rois}
+
+
+def roi_layer(layer: dict[str, Any], *, offsets: str = "random", spread: float = 1.0, seed: int = 0) -> Sample:
+    """Inputs of a layer of an operator without offsets; its other parameters are in layer["params"]."""
+    from dcn_kernels.op import Sample
+
+    arrays = _roi_layer(layer, seed)[1]
+    return Sample(arrays, _roi_params(layer["output_size"], layer["spatial_scale"], **layer["params"]), offsets)
+
+
+def deform_roi_layer(layer: dict[str, Any], *, offsets: str = "random", spread: float = 1.0, seed: int = 0) -> Sample:
+    """Inputs of a layer of deform_roi_pool (offset) or deform_ps_roi_pool (trans, of layer["classes"])."""
+    from dcn_kernels.op import Sample
+
+    rng, arrays = _roi_layer(layer, seed)
+    shape = (layer["R"], 2 * layer["classes"], *layer["output_size"])
+    name = "trans" if "trans_std" in layer["params"] else "offset"
+    arrays[name] = layer_offsets(rng, shape, offsets, spread)
+    return Sample(arrays, _roi_params(layer["output_size"], layer["spatial_scale"], **layer["params"]), offsets)

@@ -109,7 +109,7 @@ def wanted(op: Op, arrays: dict[str, Any], wrt: Iterable[str] | str | None) -> t
         return present
     names = {wrt} if isinstance(wrt, str) else set(wrt)
     for name in sorted(names, key=str):
-        if name not in op.arrays:
+        if name not in op.arrays and name not in op.saved:
             why = "no such argument"
         elif name not in op.differentiable:
             why = f"{name} is not differentiable by definition"
@@ -130,6 +130,10 @@ def check_dtypes(op: Op, arrays: dict[str, Any]) -> None:
     dtype = arrays[first].dtype
     for name in (first, *arrays):
         got = arrays[name].dtype
+        if name in op.saved:
+            if got != np.int64:
+                raise TypeError(f"{op.name}: {name}: expected dtype int64, got {got}")
+            continue
         if got not in DTYPES.values():
             raise TypeError(f"{op.name}: {name}: expected dtype {', '.join(DTYPES)}, got {got}")
         allowed = [dtype]
@@ -224,7 +228,7 @@ def bind(op: Op, arrays: dict[str, Any], params: Params) -> Sizes:
     """
     sizes: Sizes = {}
     _derive(op, sizes, params)  # those of the parameters alone
-    named_shapes = {**op.arrays, "grad_output": op.output}
+    named_shapes = {**op.arrays, "grad_output": op.output, **op.saved}
     for name, named in named_shapes.items():
         if name not in arrays:
             continue
@@ -251,6 +255,23 @@ def _derive(op: Op, sizes: Sizes, params: Params) -> None:
         if letter not in sizes:
             with contextlib.suppress(KeyError):  # of a size that a later array tells
                 sizes[letter] = derive(sizes, params)
+
+
+# ---------------------------------------------------------------- values
+
+
+def check_rois(op: str, rois: Any, images: int) -> None:
+    """Every RoI is finite, and its batch index a whole number of an image."""
+    values = (rois.get() if hasattr(rois, "get") else rois).astype(np.float64)
+    finite = np.isfinite(values).all(axis=1)
+    if not finite.all():
+        r = int(np.argmin(finite))
+        raise ValueError(f"{op}: rois: expected finite numbers, got {values[r].tolist()} in row {r}")
+    image = values[:, 0]
+    known = (image >= 0) & (image < images) & (image == np.floor(image))
+    if not known.all():
+        r = int(np.argmin(known))
+        raise ValueError(f"{op}: rois: expected batch indices among 0..N-1, N = {images}, got {image[r]} in row {r}")
 
 
 # ---------------------------------------------------------------- out=

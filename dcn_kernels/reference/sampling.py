@@ -41,7 +41,12 @@ def align(v: np.ndarray, size: int) -> Axis:
     return Axis(np.clip(v, 0, size - 1), (v >= -1) & (v <= size), (v >= 0) & (v < size - 1))
 
 
-BORDERS = {"zeros": zeros, "msra": msra, "edge": edge, "align": align}
+def psroi(v: np.ndarray, size: int) -> Axis:
+    """Not counted more than half a pixel outside, else clamped; still at whole pixels (deformable R-FCN)."""
+    return Axis(np.clip(v, 0, size - 1), (v >= -0.5) & (v <= size - 0.5), (v > 0) & (v < size - 1) & (v != np.floor(v)))
+
+
+BORDERS = {"zeros": zeros, "msra": msra, "edge": edge, "align": align, "psroi": psroi}
 
 
 class Corners(NamedTuple):
