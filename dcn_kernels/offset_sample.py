@@ -150,6 +150,7 @@ OFFSET_SAMPLE2D = Op(
     divides=(("OG", "C"),),
     samples=samples.offset_sample2d,
     layer_sample=samples.offset_sample2d_layer,
+    kinks=samples.offset_sample2d_kinks,
     flops=_flops,
     bytes=_bytes,
 )
