@@ -1,0 +1,44 @@
+# Two commands do everything: `make profile` and `make test`. `make help` lists the rest.
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+TEST_ARGS ?= -m 'not slow'
+
+.PHONY: help setup profile test lint clean
+
+help: ## What can be made
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+setup: $(INSTALLED) ## A virtual environment with the package and all that its tests need
+
+# The stamp is newer than pyproject.toml once everything in it is installed, so a second run installs nothing.
+$(INSTALLED): pyproject.toml
+	@test -x $(BIN)/python || for python in $(PYTHON) python3 python3.11 python3.12 python3.13 python3.14; do \
+		if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+			"$$python" -m venv $(VENV); exit; \
+		fi; \
+	done; test -x $(BIN)/python || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python" >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@touch $@
+
+profile: $(INSTALLED) ## Time the operators on this machine's CPU; the record is saved in bench_results
+	$(BIN)/dcn-bench profile
+
+test: $(INSTALLED) ## All tests but the slow ones (TEST_ARGS='-m slow' runs those)
+	$(BIN)/python -m pytest $(TEST_ARGS)
+
+$(VENV)/.linters: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+lint: $(VENV)/.linters ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean: ## Remove the virtual environment and all caches
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+-include gpu.mk

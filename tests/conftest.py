@@ -1,0 +1,104 @@
+"""Which backends there are, and arrays on them. Nothing here names an operator."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import settings
+
+import dcn_kernels
+from dcn_kernels.op import Op, Sample
+from dcn_kernels.shapes import DTYPES
+
+BACKENDS = ("reference", "cpu", "cuda")
+ROOT = Path(__file__).parent.parent  # the checkout: README.md, Makefile, cli/
+
+# Compiling a kernel takes seconds, so no example has a deadline; the same examples in every run.
+settings.register_profile("make test", derandomize=True, deadline=None, max_examples=40, database=None)
+settings.register_profile("slow", derandomize=False, deadline=None, max_examples=1000, database=None, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "make test"))
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A column of the table of operators, and how arrays get there and back."""
+
+    name: str
+
+    def put(self, array: Any) -> Any:
+        """A NumPy array, or None, as an array that this backend works on."""
+        if self.name != "cuda" or array is None:
+            return array
+        import cupy
+
+        return cupy.asarray(array)
+
+    def get(self, array: Any) -> np.ndarray:
+        """A result as a NumPy array."""
+        return array.get() if self.name == "cuda" else array
+
+    def forward(self, op: Op, arrays: dict[str, Any], params: dict[str, Any], **more: Any) -> np.ndarray:
+        """Call the public function with NumPy arrays."""
+        arrays = {name: self.put(array) for name, array in arrays.items()}
+        return self.get(getattr(dcn_kernels, op.name)(**arrays, **params, **more, backend=self.name))
+
+    def backward(self, op: Op, arrays: dict[str, Any], params: dict[str, Any], **more: Any) -> dict[str, np.ndarray]:
+        """Call the public gradient function with NumPy arrays, `grad_output` among them."""
+        arrays = {name: self.put(array) for name, array in arrays.items()}
+        grads = getattr(dcn_kernels, f"{op.name}_backward")(**arrays, **params, **more, backend=self.name)
+        return {name: self.get(array) for name, array in grads.items()}
+
+
+def cast(sample: Sample, op: Op, dtype: str, coordinates: str | None = None) -> dict[str, np.ndarray]:
+    """The arrays of a sample in one dtype, those that may differ in `coordinates`."""
+    return {
+        name: array.astype(DTYPES[(coordinates or dtype) if name in op.coordinates else dtype])
+        for name, array in sample.arrays.items()
+    }
+
+
+def cases() -> list[Any]:
+    """(row, sample) for every sample of every row."""
+    return [
+        pytest.param(op, sample, id=f"{op.name}-{sample.label}")
+        for op in dcn_kernels.OPS.values()
+        for sample in op.samples(0)
+    ]
+
+
+def first_cases() -> list[Any]:
+    """(row, sample) with the sample of each row that has the most arguments."""
+    return [
+        pytest.param(op, max(op.samples(0), key=lambda sample: len(sample.arrays)), id=op.name)
+        for op in dcn_kernels.OPS.values()
+    ]
+
+
+def why_not(name: str) -> str | None:
+    """Why a backend cannot run here. `reference` and `cpu` always can: where they do not, that is a failure."""
+    if name != "cuda":
+        return None
+    if find_spec("cupy") is None:
+        return "cuda: CuPy is not installed"
+    import cupy
+
+    return None if cupy.is_available() else "cuda: no GPU that CuPy can use"
+
+
+# One test says which backends are left out here, and why (test_ops.py); the others leave them out without a word.
+RUNNING = [name for name in BACKENDS if why_not(name) is None]
+
+
+@pytest.fixture(params=RUNNING)
+def backend(request: pytest.FixtureRequest) -> Backend:
+    """Each backend that runs here, in turn."""
+    op = request.node.callspec.params.get("op")
+    if request.param == "cuda" and op is not None and find_spec(f"dcn_kernels.cuda.{op.module}") is None:
+        pytest.skip(f"cuda: no {op.name} yet")
+    return Backend(request.param)
