@@ -1,0 +1,143 @@
+"""What the launchers ask of a GPU. The tests put a stand-in of the same methods in its place and run on the CPU."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from dcn_kernels.cuda import compile
+
+DEFAULT_WORKSPACE = 64 << 20
+BLOCKS_PER_MULTIPROCESSOR = 16  # enough to fill it; more work than that goes round the grid-stride loops
+# where three products on the matrix units in TF32 are quicker than one in plain float32 (by the data sheets)
+SPLIT_CAPABILITIES = ((8, 0), (9, 0), (10, 0), (10, 3))
+
+_CUDA_R = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 14}  # cudaDataType
+_COMPUTE_32F, _COMPUTE_32F_PEDANTIC, _COMPUTE_32F_FAST_TF32, _COMPUTE_64F = 68, 69, 77, 70  # cublasComputeType_t
+_GEMM_DEFAULT = -1
+
+
+class Device:
+    """The current GPU through CuPy: memory from the current allocator, work on the current stream."""
+
+    def __init__(self, number: int) -> None:
+        import cupy
+
+        attributes = cupy.cuda.runtime.getDeviceProperties(number)
+        self.capability = (attributes["major"], attributes["minor"])
+        self.cache_bytes = attributes["l2CacheSize"]
+        self.max_blocks = attributes["multiProcessorCount"] * BLOCKS_PER_MULTIPROCESSOR
+
+    @property
+    def vector_atomics(self) -> bool:
+        """Whether atomicAdd takes a float4."""
+        return self.capability >= (9, 0)
+
+    @staticmethod
+    def address(array: Any) -> int:
+        """Of the first element."""
+        return array.data.ptr
+
+    @staticmethod
+    def empty(shape: tuple[int, ...], dtype: Any) -> Any:
+        import cupy
+
+        return cupy.empty(shape, dtype)
+
+    @staticmethod
+    def clear(array: Any) -> None:
+        """Set a C-contiguous array to zero."""
+        import cupy
+
+        if array.size:
+            array.data.memset_async(0, array.nbytes, cupy.cuda.get_current_stream())
+
+    def launch(
+        self, stem: str, kernel: str, flags: compile.Flags, blocks: int, threads: int, args: tuple[Any, ...], *, op: str
+    ) -> None:
+        """Start a kernel of `stem`.cu. Arguments are arrays, None (a null pointer), and NumPy scalars or structs."""
+        import cupy
+
+        blocks = min(blocks, self.max_blocks)
+        try:
+            compile.module(stem, flags).get_function(kernel)((blocks,), (threads,), args)
+        except (cupy.cuda.driver.CUDADriverError, cupy.cuda.runtime.CUDARuntimeError) as error:
+            raise RuntimeError(f"{op}: kernel {kernel} of {stem}.cu ({blocks} blocks of {threads}): {error}") from error
+
+    @staticmethod
+    def matmul(a: Any, b: Any, out: Any, *, tf32: bool = False, accumulate: bool = False) -> None:
+        """out[i] = a[i] @ b[i], added to out[i] with `accumulate`: cuBLAS on (batch, rows, columns) by strides.
+
+        a and b share a dtype; sums are float32 (float64 for float64). Plain float32 matrices are multiplied in plain
+        float32 unless `tf32`, whatever CuPy is set to.
+        """
+        import cupy
+        from cupy_backends.cuda.libs import cublas
+
+        (batch, rows, columns), inner = out.shape, a.shape[2]
+        kind = a.dtype.name
+        if kind == "float64":
+            compute = _COMPUTE_64F
+        elif kind == "float32":
+            compute = _COMPUTE_32F_FAST_TF32 if tf32 else _COMPUTE_32F_PEDANTIC
+        else:
+            compute = _COMPUTE_32F
+        scale = np.float64 if kind == "float64" else np.float32
+        alpha, beta = np.array(1, scale), np.array(int(accumulate), scale)
+        (a_transposed, a_leading), (b_transposed, b_leading) = leading(a), leading(b)
+        if leading(out)[0]:
+            raise ValueError(f"matmul: out: expected rows of adjacent elements, got strides {out.strides}")
+        # cuBLAS counts by columns: a row-major matrix is its own transpose there, so out^T = b^T a^T is asked for
+        cublas.gemmStridedBatchedEx(
+            cupy.cuda.device.get_cublas_handle(),
+            int(b_transposed),
+            int(a_transposed),
+            columns,
+            rows,
+            inner,
+            alpha.ctypes.data,
+            b.data.ptr,
+            _CUDA_R[b.dtype.name],
+            b_leading,
+            batch_stride(b),
+            a.data.ptr,
+            _CUDA_R[kind],
+            a_leading,
+            batch_stride(a),
+            beta.ctypes.data,
+            out.data.ptr,
+            _CUDA_R[out.dtype.name],
+            leading(out)[1],
+            batch_stride(out),
+            batch,
+            compute,
+            _GEMM_DEFAULT,
+        )
+
+
+def leading(matrix: Any) -> tuple[bool, int]:
+    """(stored by columns, elements from one row, or column, to the next) of a (batch, rows, columns) array."""
+    _, rows, columns = matrix.shape
+    _, down, across = (stride // matrix.dtype.itemsize for stride in matrix.strides)
+    if (across == 1 or columns == 1) and (down >= columns or rows == 1):
+        return False, max(down, columns)
+    if (down == 1 or rows == 1) and (across >= rows or columns == 1):
+        return True, max(across, rows)
+    raise ValueError(f"matmul: expected a matrix with one axis of adjacent elements, got strides {matrix.strides}")
+
+
+def batch_stride(matrix: Any) -> int:
+    """Elements from one matrix to the next; 0 where one serves the whole batch."""
+    return matrix.strides[0] // matrix.dtype.itemsize if matrix.shape[0] > 1 else 0
+
+
+def current() -> Device:
+    """The current GPU."""
+    import cupy
+
+    return _device(cupy.cuda.runtime.getDevice())
+
+
+_device = cache(Device)

@@ -1,0 +1,151 @@
+"""Resampling at each pixel plus its offset: the launcher of offset_sample.cu."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from dcn_kernels.cuda import device as _device
+from dcn_kernels.cuda.compile import Flags
+from dcn_kernels.cuda.device import DEFAULT_WORKSPACE, Device
+from dcn_kernels.cuda.gather import Gatherer
+from dcn_kernels.cuda.sort import Sorter
+from dcn_kernels.cuda.staging import copy
+from dcn_kernels.cuda.taps import all_types, conv, set_strides, team, types
+from dcn_kernels.shapes import accumulator
+
+OP, BUILD = "offset_sample2d", "offset_sample"
+THREADS, MOST_SLICES = 256, 8
+
+
+def offset_sample2d(
+    input: Any,  # (N, C, H, W)
+    offset: Any,  # (N, 2*OG, H, W)
+    *,
+    border: str,
+    out: Any = None,
+    device: Device | None = None,
+    **_: Any,
+) -> Any:
+    """Returns (N, C, H, W)."""
+    device = device or _device.current()
+    y = device.empty(input.shape, input.dtype) if out is None else out
+    if y.size:
+        s = _tile(input, offset, border)
+        device.launch(BUILD, "resample", _flags(input, offset), _blocks(s), THREADS, (input, offset, y, s), op=OP)
+    return y
+
+
+def offset_sample2d_backward(
+    grad_output: Any,  # (N, C, H, W)
+    input: Any,
+    offset: Any,
+    *,
+    border: str,
+    deterministic: bool,
+    wrt: tuple[str, ...],
+    workspace_bytes: int = DEFAULT_WORKSPACE,
+    device: Device | None = None,
+) -> dict[str, Any]:
+    """Returns argument name -> gradient."""
+    device = device or _device.current()
+    grads = {}
+    if "input" in wrt:
+        grads["input"] = device.empty(input.shape, input.dtype)
+    if "offset" in wrt:
+        grads["offset"] = device.empty(offset.shape, offset.dtype)
+    if input.size == 0:
+        return grads
+    scatters = "input" in grads and not deterministic
+    if deterministic and "input" in grads:
+        _gather_input(device, grads["input"], grad_output, input, offset, border, workspace_bytes)
+    if scatters or "offset" in grads:
+        N = input.shape[0]
+        sums, images = None, N
+        if scatters:
+            sums, images = _sums(device, grads["input"], workspace_bytes)
+        for first in range(0, N, images):
+            some = slice(first, min(first + images, N))
+            s = _tile(input[some], offset[some], border)
+            target = None
+            if scatters:
+                target = sums[: some.stop - first] if sums is not grads["input"] else sums[some]
+                device.clear(target)
+                set_strides(s, "grad", target)
+            strides = (np.int64(stride // grad_output.dtype.itemsize) for stride in grad_output.strides)
+            arrays = (grad_output[some], input[some], offset[some], target)
+            grad_offset = grads["offset"][some] if "offset" in grads else None
+            args = (*arrays, grad_offset, *strides, s)
+            device.launch(BUILD, "resample_gradients", _flags(input, offset), _blocks(s), THREADS, args, op=OP)
+            if scatters and sums is not grads["input"]:
+                copy(device, target, grads["input"][some], op=OP)
+    return grads
+
+
+def _sums(device: Device, grad_input: Any, workspace_bytes: int) -> tuple[Any, int]:
+    """Where sums are kept and of how many images: the result itself, or for halves a float32 buffer."""
+    real = accumulator(grad_input.dtype)
+    N, *image = grad_input.shape
+    if real == grad_input.dtype:
+        return grad_input, N
+    images = min(N, max(1, workspace_bytes // (int(np.prod(image, dtype=np.int64)) * real.itemsize)))
+    return device.empty((images, *image), real), images
+
+
+def _gather_input(
+    device: Device, grad_input: Any, grad_output: Any, input: Any, offset: Any, border: str, workspace_bytes: int
+) -> None:
+    """The gradient of the input by sort-and-gather, of some images, or some offset groups of one, at a time."""
+    (N, C, H, W), OG = input.shape, offset.shape[1] // 2
+    width, real, itemsize = C // OG, accumulator(input.dtype), input.dtype.itemsize
+    # of one offset group of one image: sorted samples, cells, a copy of grad_output, sums
+    group_bytes = H * W * (32 + 8 + width * (itemsize + real.itemsize))
+    most = max(1, (workspace_bytes - Sorter.nbytes(0)) // group_bytes)
+    groups, images = (OG, min(N, most // OG)) if most >= OG else (most, 1)
+    gatherer = Gatherer(device, images * groups * H * W, Gatherer.cells(images, groups, H, W), op=OP)
+    plane = device.empty((images, groups * width, H, W), input.dtype)
+    sums = device.empty((images, groups * width, H, W), real)
+    flags = {**types(input.dtype, offset.dtype, None), "VEC": 1, "PLANES": 1}
+    for first in range(0, N, images):
+        some = slice(first, min(first + images, N))
+        for group in range(0, OG, groups):
+            last = min(group + groups, OG)
+            channels, fields = slice(group * width, last * width), slice(2 * group, 2 * last)
+            shape = (some.stop - first, (last - group) * width, H, W)
+            part = plane.reshape(-1)[: int(np.prod(shape))].reshape(shape)
+            target = sums.reshape(-1)[: int(np.prod(shape))].reshape(shape)
+            copy(device, grad_output[some, channels], part, op=OP)
+            device.clear(target)
+            s = _tile(input[some, channels], offset[some, fields], border)
+            s["lanes"] = team(width, 32)
+            set_strides(s, "grad", target)
+            gatherer.add(s, flags, offset[some, fields], None, part, target)
+            copy(device, target, grad_input[some, channels], op=OP)
+
+
+def _tile(input: Any, offset: Any, border: str) -> np.ndarray:
+    """All pixels of all given images."""
+    (N, C, H, W), OG = input.shape, offset.shape[1] // 2
+    one = (1, 1)
+    s = conv(OP, input, offset, one, groups=1, stride=one, padding=(0, 0), dilation=one, border=border)
+    s["images"], s["pixels"], s["lanes"] = N, H * W, team(C // OG, MOST_SLICES)
+    set_strides(s, "input", input)
+    set_strides(s, "offset", offset)
+    return s
+
+
+def _blocks(s: np.ndarray) -> int:
+    lanes, images, OG, pixels = (int(s[name][0]) for name in ("lanes", "images", "OG", "pixels"))
+    return images * OG * -(-pixels // (THREADS // lanes))
+
+
+def _flags(input: Any, offset: Any) -> Flags:
+    return types(input.dtype, offset.dtype, None)
+
+
+def variants(vector_atomics: bool) -> Iterator[Flags]:
+    """The flags of every build."""
+    for _, flags in all_types(with_mask=False):
+        yield flags
