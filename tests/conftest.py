@@ -13,10 +13,10 @@ import pytest
 from hypothesis import settings
 
 import dcn_kernels
+from dcn_kernels.gradcheck import BACKENDS, relative_error, to_backend, to_numpy, tolerance
 from dcn_kernels.op import Op, Sample
 from dcn_kernels.shapes import DTYPES
 
-BACKENDS = ("reference", "cpu", "cuda")
 ROOT = Path(__file__).parent.parent  # the checkout: README.md, Makefile, cli/
 
 # Compiling a kernel takes seconds, so no example has a deadline; the same examples in every run.
@@ -27,32 +27,26 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "make test"))
 
 @dataclass(frozen=True)
 class Backend:
-    """A column of the table of operators, and how arrays get there and back."""
+    """A column of the table of operators."""
 
     name: str
 
-    def put(self, array: Any) -> Any:
-        """A NumPy array, or None, as an array that this backend works on."""
-        if self.name != "cuda" or array is None:
-            return array
-        import cupy
-
-        return cupy.asarray(array)
-
-    def get(self, array: Any) -> np.ndarray:
-        """A result as a NumPy array."""
-        return array.get() if self.name == "cuda" else array
-
     def forward(self, op: Op, arrays: dict[str, Any], params: dict[str, Any], **more: Any) -> np.ndarray:
         """Call the public function with NumPy arrays."""
-        arrays = {name: self.put(array) for name, array in arrays.items()}
-        return self.get(getattr(dcn_kernels, op.name)(**arrays, **params, **more, backend=self.name))
+        function = getattr(dcn_kernels, op.name)
+        return to_numpy(function(**to_backend(self.name, arrays), **params, **more, backend=self.name))
 
     def backward(self, op: Op, arrays: dict[str, Any], params: dict[str, Any], **more: Any) -> dict[str, np.ndarray]:
         """Call the public gradient function with NumPy arrays, `grad_output` among them."""
-        arrays = {name: self.put(array) for name, array in arrays.items()}
-        grads = getattr(dcn_kernels, f"{op.name}_backward")(**arrays, **params, **more, backend=self.name)
-        return {name: self.get(array) for name, array in grads.items()}
+        function = getattr(dcn_kernels, f"{op.name}_backward")
+        return to_numpy(function(**to_backend(self.name, arrays), **params, **more, backend=self.name))
+
+
+def assert_close(got: np.ndarray, want: np.ndarray, dtype: str, length: float = 1, what: str = "") -> None:
+    """Within `gradcheck.tolerance` of sums of `length` terms."""
+    error, index = relative_error(got, want)
+    bound = tolerance(dtype, length)
+    assert error <= bound, f"{what}: {got[index]} for {want[index]} at {index}: error {error:.3g}, bound {bound:.3g}"
 
 
 def cast(sample: Sample, op: Op, dtype: str, coordinates: str | None = None) -> dict[str, np.ndarray]:
