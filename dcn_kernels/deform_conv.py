@@ -317,6 +317,8 @@ DEFORM_CONV2D = Op(
     divides=(("groups", "C"), ("groups", "O"), ("OG", "C")),
     samples=samples.deform_conv2d,
     layer_sample=samples.deform_conv2d_layer,
+    kinks=samples.deform_conv2d_kinks,
+    part=samples.deform_conv2d_part,
     flops=_flops,
     bytes=_bytes,
 )

@@ -1,0 +1,136 @@
+"""What a terminal sees: tables on stdout, progress and warnings on stderr, files that are whole or not written.
+
+The only module that imports rich, and only where something is shown. rich honours NO_COLOR.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+PASS, FAILED, USAGE, UNAVAILABLE, INTERRUPTED = 0, 1, 2, 3, 130
+
+
+def fail(message: str, code: int = USAGE) -> NoReturn:
+    """One clear line on stderr, and out."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def warn(message: str) -> None:
+    """A line on stderr."""
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def note(message: str) -> None:
+    """A line on stderr that is no warning."""
+    print(message, file=sys.stderr)
+
+
+def say(text: str) -> None:
+    """A result on stdout."""
+    print(text)
+
+
+_COLOURS = {
+    "PASS": "green",
+    "FAIL": "bold red",
+    "SKIP": "yellow",
+    "slower": "red",
+    "faster": "green",
+    "unsure": "yellow",
+}
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> None:
+    """A table on stdout; columns named in `right` are aligned to the right."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(soft_wrap=False)
+    if not console.is_terminal:  # a file or a pipe has no width to fit
+        widest = sum(max([len(column), *(len(str(row[i])) for row in rows)]) + 3 for i, column in enumerate(columns))
+        console = Console(width=max(80, widest + 4))
+    shown = Table(title=title or None, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        shown.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    for row in rows:
+        shown.add_row(*(Text(str(cell), style=_COLOURS.get(str(cell), "")) for cell in row))
+    console.print(shown)
+
+
+@contextmanager
+def progress(title: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar with an estimate on a terminal's stderr; nothing elsewhere. Yields report(what, done, total)."""
+    if not sys.stderr.isatty():
+        yield lambda what, done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    with Progress(
+        TextColumn("{task.fields[name]}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+        console=Console(stderr=True),
+        transient=True,
+    ) as bar:
+        task = bar.add_task("", total=None, name=title)
+
+        def report(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total)
+
+        yield report
+
+
+def write(path: str, text: str) -> None:
+    """Write a file as a whole: what was there stays until the new text is complete."""
+    target = Path(path)
+    try:
+        if target.is_dir():
+            raise IsADirectoryError(21, "is a directory")
+        mode = target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask()
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.chmod(temporary, mode)
+            os.replace(temporary, target)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        fail(f"cannot write {path}: {error.strerror or error}")
+
+
+def check_writable(path: str) -> None:
+    """Refuse a path that could not be written in the end, before the work."""
+    target = Path(path)
+    if target.is_dir():
+        fail(f"cannot write {path}: is a directory")
+    if not target.parent.is_dir():
+        fail(f"cannot write {path}: no folder {target.parent}")
+    if not os.access(target.parent, os.W_OK) or (target.exists() and not os.access(target, os.W_OK)):
+        fail(f"cannot write {path}: permission denied")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def number(value: Any, digits: int = 3) -> str:
+    """A number for a table; an absent one is empty."""
+    if value is None:
+        return ""
+    return f"{value:.{digits}g}"
