@@ -5,7 +5,8 @@
 #ifndef CUDA_HOST
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#define KERNEL(name, threads) extern "C" __global__ void __launch_bounds__(threads) name
+// the 1 asks for no more than one block on a multiprocessor: without it the compiler spills registers to fit more
+#define KERNEL(name, threads) extern "C" __global__ void __launch_bounds__(threads, 1) name
 #define SHARED(type, name, dims) __shared__ type name dims
 #define CHECK_ALIGNED(pointer, bytes)
 #define NOT_A_NUMBER __int_as_float(0x7fffffff)

@@ -5,7 +5,7 @@ would run old machine code after an edit of a header that it merely includes.
 
 How a kernel file is added:
 
-1. `name.cu`: starts with ``#include "common.cuh"``; each kernel is written ``KERNEL(kernel, THREADS)(arguments) {...}``,
+1. `name.cu`: starts with ``#include "common.cuh"``; a kernel is ``KERNEL(kernel, THREADS)(arguments) {...}``, its
    shared memory ``SHARED(type, name, [size])``. Sizes come in one struct by value; types and small numbers are macros.
 2. `name.py` beside it: its launcher (``device.launch(BUILD, "kernel", flags, blocks, threads, args, op=...)`` with
    ``BUILD = "name"``) and ``variants(vector_atomics)``, which yields the flags of every build.
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent
-FILES = ("staging", "sort", "gather", "deform_conv", "offset_sample")
+FILES = ("staging", "sort", "cells", "gather", "deform_conv", "offset_sample")
 ARCHS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 
 Flags = dict[str, Any]  # macro -> C type or number
@@ -147,7 +147,7 @@ def check_kernels(
 
 def _check(nvrtc: NVRTC, stem: str, flags: Flags, arch: str) -> list[dict[str, Any]]:
     log = nvrtc.compile(stem, flags, arch).log
-    dtype = flags.get("scalar_t") or flags.get("source_t")
+    dtype = flags.get("scalar_t") or flags.get("source_t") or flags.get("grad_t")
     rest = ["{}={}".format(*item) for item in sorted(flags.items())]
     return [
         {"kernel": f"{stem}.{name}", "dtype": _DTYPES.get(str(dtype), "none"), "flags": rest, "arch": arch, **used}
@@ -156,7 +156,8 @@ def _check(nvrtc: NVRTC, stem: str, flags: Flags, arch: str) -> list[dict[str, A
 
 
 _USED = re.compile(
-    r"Function properties for (\w+)\s+(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+    r"Function properties for (\w+)\s+(?:ptxas\s+\.\s+)?(\d+) bytes stack frame, "
+    r"(\d+) bytes spill stores, (\d+) bytes spill loads"
     r"\s+ptxas info\s+: Used (\d+) registers([^\n]*)"
 )
 
@@ -228,6 +229,8 @@ def _find() -> tuple[ctypes.CDLL, str]:
     for folder, library in _candidates():
         if (Path(folder) / "cuda_fp16.h").is_file():
             try:
+                for builtins in glob.glob(f"{Path(library).parent}/libnvrtc-builtins.so.1*"):
+                    ctypes.CDLL(builtins)  # NVRTC asks for it by its bare name, which finds it once it is loaded
                 return ctypes.CDLL(library), folder
             except OSError:
                 continue

@@ -17,9 +17,8 @@ from dcn_kernels.cuda import device as _device
 from dcn_kernels.cuda.compile import Flags
 from dcn_kernels.cuda.device import DEFAULT_WORKSPACE, SPLIT_CAPABILITIES, Device
 from dcn_kernels.cuda.gather import Gatherer
-from dcn_kernels.cuda.sort import Sorter
 from dcn_kernels.cuda.staging import copy
-from dcn_kernels.cuda.taps import all_types, channels_at_once, conv, set_strides, team, types, widths
+from dcn_kernels.cuda.taps import LARGEST, all_types, channels_at_once, conv, set_strides, team, types, widths
 from dcn_kernels.shapes import accumulator
 
 OP, BUILD = "deform_conv2d", "deform_conv"
@@ -58,7 +57,7 @@ def deform_conv2d(
     call = _Convolution(device, input, offset, weight, mask, stride, padding, dilation, border, precision)
     budget = (workspace_bytes or DEFAULT_WORKSPACE) - call.matrix_bytes
     call.lay_out(budget, call.stage_bytes)
-    tiles = _Tiles.fit(device, budget, N, call.area, call.stage_bytes, call.column_bytes, call.column_bytes)
+    tiles = _Tiles.fit(device, budget, call, call.stage_bytes, call.column_bytes, call.column_bytes)
     matrix, stage = call.weight_matrix(), call.stage(tiles)
     columns = tuple(device.empty((tiles.rows, call.row), input.dtype) for _ in range(call.parts))
     if bias is not None:
@@ -257,7 +256,12 @@ class _Backward:
         slots, maps = call.taps * call.OG, call.C * call.H * call.W
         if not self.reads:
             call.stage_bytes = 0
-        budget -= call.matrix_bytes * self.samples + call.weight.size * real * weight_grad + Sorter.nbytes(0) * sorts
+        budget -= call.matrix_bytes * self.samples + call.weight.size * real * weight_grad
+        slot_bytes = 0
+        if sorts:
+            base = Gatherer.nbytes(0, 0, call.real)
+            budget -= base
+            slot_bytes = Gatherer.nbytes(slots, 0, call.real) - base  # of a pixel
         sums_bytes = maps * real if "input" in grads else 0
         self.flat = _merges(grad_output, 2)
         other_bytes = 0 if self.flat else O * call.area * itemsize
@@ -268,8 +272,8 @@ class _Backward:
         self.in_place = not call.channels_last and call.real == call.dtype
         image_bytes = call.stage_bytes + other_bytes + (0 if self.in_place else sums_bytes)
         row_bytes = max(call.row * real * self.samples, call.column_bytes * weight_grad)
-        pixel_bytes = row_bytes + call.parts * O * itemsize + (Sorter.nbytes(slots) - Sorter.nbytes(0)) * sorts
-        tiles = _Tiles.fit(device, budget, call.input.shape[0], call.area, image_bytes, pixel_bytes, row_bytes)
+        pixel_bytes = row_bytes + call.parts * O * itemsize + slot_bytes
+        tiles = _Tiles.fit(device, budget, call, image_bytes, pixel_bytes, row_bytes)
         self.tiles = tiles
         # all memory before the first launch
         memory = device.empty((tiles.rows * row_bytes,), np.uint8)  # first the columns' gradient, then the columns
@@ -280,7 +284,7 @@ class _Backward:
         self.stage = call.stage(tiles)
         self.sums = self._sums_memory()
         cells = Gatherer.cells(tiles.images, call.OG, call.H, call.W)
-        self.gatherer = Gatherer(device, tiles.rows * slots, cells, op=OP) if sorts else None
+        self.gatherer = Gatherer(device, tiles.rows * slots, cells, call.real, op=OP) if sorts else None
         self.matrix = call.weight_matrix() if self.samples else ()
         shape = (call.groups, O // call.groups, call.row // call.groups)
         self.weight_sums = device.empty(shape, call.real) if weight_grad else None
@@ -358,7 +362,7 @@ class _Backward:
         own = tuple(self.grads[name][images] if name in self.grads else None for name in ("offset", "mask"))
         if self.gatherer is not None:
             s["first_pixel"], s["pixels"] = run.start, run.stop - run.start
-            self.gatherer.add(s, {**call.types, "VEC": call.VEC, "PLANES": 0}, *coordinates, rows, sums)
+            self.gatherer.add(s, call.types, *coordinates, rows, sums, VEC=call.VEC, planes=False)
             sums = None
         if sums is not None or any(grad is not None for grad in own):
             call.launch("gradients", s, run, (source, *coordinates, rows, sums, *own))
@@ -375,10 +379,18 @@ class _Tiles:
 
     @classmethod
     def fit(
-        cls, device: Device, budget: int, N: int, area: int, image_bytes: int, pixel_bytes: int, row_bytes: int
+        cls,
+        device: Device,
+        budget: int,
+        call: _Convolution,
+        image_bytes: int,
+        pixel_bytes: int,
+        row_bytes: int,
     ) -> _Tiles:
         """The largest tiles within the budget whose columns stay in the cache; at least a block's pixels."""
+        N, area = call.input.shape[0], call.area
         most = max(device.cache_bytes * 2 // 3, LEAST_TILE_BYTES) // row_bytes
+        most = min(most, LARGEST // (call.taps * call.OG))  # samples of a tile are numbered by an int
         images = min(N, most // area, budget // (image_bytes + area * pixel_bytes))
         if images >= 1:
             return cls(N, area, images, area)

@@ -1,30 +1,10 @@
 // grad_input without atomics: samples are sorted by the cell they lie in, then each pixel sums over its four cells.
-// The order of every sum is that of the samples' numbers, so the result is bitwise repeatable.
+// The order of every sum is that of the samples' numbers, so the result is bitwise repeatable. The samples come from
+// cells.cu, sorted by sort.cu. Needs acc_t and grad_t.
 #include "common.cuh"
-#include "taps.cuh"
+#include "tile.cuh"
 
 #define THREADS 256
-
-__device__ __forceinline__ index_t cells_of(const conv_t& s) {
-  return index_t(s.images) * s.OG * (s.H + 1) * (s.W + 1);
-}
-
-// keys[sample]: the cell it lies in, numbered [image, og, y + 1, x + 1] (a cell may begin at -1); past the last cell
-// if it reads no pixel.
-KERNEL(cells, THREADS)
-(const offset_t* __restrict__ offset,  // [images, 2*OG*KH*KW, OH, OW] by strides
- index_t* __restrict__ keys,           // [images*pixels, KH*KW, OG]
- const conv_t s) {
-  const int slots = s.KH * s.KW * s.OG;
-  const index_t samples = index_t(s.images) * s.pixels * slots;
-  for (index_t i = index_t(blockIdx.x) * THREADS + threadIdx.x; i < samples; i += index_t(gridDim.x) * THREADS) {
-    const sample_t sample = sample_of(s, int(i / slots), int(i % slots));
-    const corners_t at = corners_of(s, offset, sample);
-    const index_t cell =
-        ((index_t(sample.image) * s.OG + sample.og) * (s.H + 1) + at.y + 1) * (s.W + 1) + at.x + 1;
-    keys[i] = at.value ? cell : cells_of(s);
-  }
-}
 
 // starts[cell]: how many sorted keys are smaller, so that the cell's samples are [starts[cell], starts[cell + 1]).
 KERNEL(cell_starts, THREADS)
@@ -48,36 +28,35 @@ KERNEL(cell_starts, THREADS)
 // grad_input[q] += sum over the samples p of q's four cells of m G(q, p) dL/dx(p).
 // `lanes` threads own one pixel of one offset group and all its channels: nobody else writes them.
 KERNEL(gather, THREADS)
-(const offset_t* __restrict__ offset,   // [images, 2*OG*KH*KW, OH, OW] by strides
- const mask_t* __restrict__ mask,       // [images, OG*KH*KW, OH, OW] by strides, or null
- const index_t* __restrict__ starts,    // [images*OG*(H+1)*(W+1) + 1]
- const index_t* __restrict__ samples,   // sorted by cell
- const grad_t* __restrict__ grad,       // dL/dx(p): columns [images*pixels, groups, KH*KW, C/groups], or, with
-                                        // PLANES, one tap's [images, C, pixels]
- acc_t* __restrict__ grad_input,        // [images, C, H, W] by strides, holding sums so far
+(const index_t* __restrict__ starts,   // [images*OG*(H+1)*(W+1) + 1]
+ const int* __restrict__ samples,      // [images*pixels*KH*KW*OG], sorted by cell
+ const acc_t* __restrict__ placed,     // [images*pixels, KH*KW, OG, 3]: ly, lx and m of each sample
+ const grad_t* __restrict__ grad,      // dL/dx(p): columns [images*pixels, groups, KH*KW, C/groups], or, with
+                                       // PLANES, one tap's [images, C, pixels]
+ acc_t* __restrict__ grad_input,       // [images, C, H, W] by strides, holding sums so far
  const conv_t s) {
   const int slots = s.KH * s.KW * s.OG, vectors = s.C / s.OG / VEC, lane = threadIdx.x % s.lanes;
-  const index_t pixels = index_t(s.images) * s.OG * s.H * s.W, teams = index_t(gridDim.x) * (THREADS / s.lanes);
-  for (index_t i = (index_t(blockIdx.x) * THREADS + threadIdx.x) / s.lanes; i < pixels; i += teams) {
-    const int x = int(i % s.W), y = int(i / s.W % s.H), og = int(i / s.W / s.H % s.OG);
-    const int image = int(i / s.W / s.H / s.OG);
+  const index_t owned = index_t(s.images) * s.OG * s.H * s.W, teams = index_t(gridDim.x) * (THREADS / s.lanes);
+  for (index_t i = (index_t(blockIdx.x) * THREADS + threadIdx.x) / s.lanes; i < owned; i += teams) {
+    const int plane = int(i / (index_t(s.H) * s.W)), pixel = int(i % (index_t(s.H) * s.W));
+    const int image = plane / s.OG, og = plane % s.OG, y = pixel / s.W, x = pixel % s.W;
     for (int vector = lane; vector < vectors; vector += s.lanes) {
       const int c = og * (s.C / s.OG) + vector * VEC;
       acc_t sum[VEC];
       for (int v = 0; v < VEC; v++) sum[v] = 0;
       for (int q = 0; q < 4; q++) {  // the pixel is corner q of the cell at (y - q/2, x - q%2)
-        const index_t cell =
-            ((index_t(image) * s.OG + og) * (s.H + 1) + y - q / 2 + 1) * (s.W + 1) + x - q % 2 + 1;
-        for (index_t j = starts[cell]; j < starts[cell + 1]; j++) {
-          const int tile_pixel = int(samples[j] / slots);
-          const sample_t sample = sample_of(s, tile_pixel, int(samples[j] % slots));
-          const corners_t at = corners_of(s, offset, sample);
-          const acc_t m = modulation_of(s, mask, sample), weight = corner_weight(at.ly, at.lx, q);
+        const index_t cell = (index_t(plane) * (s.H + 1) + y - q / 2 + 1) * (s.W + 1) + x - q % 2 + 1;
+        const index_t end = starts[cell + 1];
+        for (index_t j = starts[cell]; j < end; j++) {
+          const int sample = samples[j], tile_pixel = sample / slots, slot = sample % slots;
+          const acc_t* const at = placed + 3 * index_t(sample);
+          const acc_t ly = at[0], lx = at[1], m = at[2];
+          const acc_t weight = (q / 2 ? ly : 1 - ly) * (q % 2 ? lx : 1 - lx);
 #if PLANES
-          sum[0] += weight * (m * acc_t(grad[(index_t(image) * s.C + c) * s.pixels + sample.pixel - s.first_pixel]));
+          sum[0] += weight * (m * acc_t(grad[(index_t(image) * s.C + c) * s.pixels + tile_pixel % s.pixels]));
 #else
           acc_t g[VEC];
-          load_accumulators<VEC>(grad + column_at(s, tile_pixel, sample.k, c), g);
+          load_accumulators<VEC>(grad + column_at(s, tile_pixel, slot / s.OG, c), g);
           for (int v = 0; v < VEC; v++) sum[v] += weight * (m * g[v]);
 #endif
         }

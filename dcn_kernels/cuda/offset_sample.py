@@ -11,9 +11,8 @@ from dcn_kernels.cuda import device as _device
 from dcn_kernels.cuda.compile import Flags
 from dcn_kernels.cuda.device import DEFAULT_WORKSPACE, Device
 from dcn_kernels.cuda.gather import Gatherer
-from dcn_kernels.cuda.sort import Sorter
 from dcn_kernels.cuda.staging import copy
-from dcn_kernels.cuda.taps import all_types, conv, set_strides, team, types
+from dcn_kernels.cuda.taps import LARGEST, all_types, conv, set_strides, team, types
 from dcn_kernels.shapes import accumulator
 
 OP, BUILD = "offset_sample2d", "offset_sample"
@@ -100,14 +99,14 @@ def _gather_input(
     """The gradient of the input by sort-and-gather, of some images, or some offset groups of one, at a time."""
     (N, C, H, W), OG = input.shape, offset.shape[1] // 2
     width, real, itemsize = C // OG, accumulator(input.dtype), input.dtype.itemsize
-    # of one offset group of one image: sorted samples, cells, a copy of grad_output, sums
-    group_bytes = H * W * (32 + 8 + width * (itemsize + real.itemsize))
-    most = max(1, (workspace_bytes - Sorter.nbytes(0)) // group_bytes)
+    # of one offset group of one image: sorted samples and cells, a copy of grad_output, sums
+    base, cells = Gatherer.nbytes(0, 0, real), Gatherer.cells(1, 1, H, W)
+    group_bytes = Gatherer.nbytes(H * W, cells, real) - base + H * W * width * (itemsize + real.itemsize)
+    most = max(1, min((workspace_bytes - base) // group_bytes, LARGEST // (H * W)))
     groups, images = (OG, min(N, most // OG)) if most >= OG else (most, 1)
-    gatherer = Gatherer(device, images * groups * H * W, Gatherer.cells(images, groups, H, W), op=OP)
+    gatherer = Gatherer(device, images * groups * H * W, images * groups * cells, real, op=OP)
     plane = device.empty((images, groups * width, H, W), input.dtype)
     sums = device.empty((images, groups * width, H, W), real)
-    flags = {**types(input.dtype, offset.dtype, None), "VEC": 1, "PLANES": 1}
     for first in range(0, N, images):
         some = slice(first, min(first + images, N))
         for group in range(0, OG, groups):
@@ -121,7 +120,7 @@ def _gather_input(
             s = _tile(input[some, channels], offset[some, fields], border)
             s["lanes"] = team(width, 32)
             set_strides(s, "grad", target)
-            gatherer.add(s, flags, offset[some, fields], None, part, target)
+            gatherer.add(s, _flags(input, offset), offset[some, fields], None, part, target, VEC=1, planes=True)
             copy(device, target, grad_input[some, channels], op=OP)
 
 

@@ -45,9 +45,9 @@ KERNEL(sort_scan, THREADS)
 // Each key and value goes to its place: after the smaller digits, and after its digit's earlier keys.
 KERNEL(sort_place, THREADS)
 (const index_t* __restrict__ keys,    // [count]
- const index_t* __restrict__ values,  // [count], or null: 0, 1, 2, ...
+ const int* __restrict__ values,      // [count], or null: 0, 1, 2, ...
  index_t* __restrict__ sorted_keys,   // [count]
- index_t* __restrict__ sorted_values, // [count]
+ int* __restrict__ sorted_values,     // [count]
  const index_t* __restrict__ places,  // [gridDim.x, DIGITS] from sort_scan
  const index_t count, const int shift, const index_t stretch) {
   SHARED(index_t, next, [DIGITS]);         // the place of the digit's next key
@@ -74,7 +74,7 @@ KERNEL(sort_place, THREADS)
     for (int w = 0; w < warp; w++) place += held[w][digit];
     if (mine) {
       sorted_keys[place] = key;
-      sorted_values[place] = values == nullptr ? i : values[i];
+      sorted_values[place] = values == nullptr ? int(i) : values[i];
     }
     __syncthreads();  // the counts and the places were read
     for (int w = 0; w < WARPS; w++) next[threadIdx.x] += held[w][threadIdx.x];

@@ -17,17 +17,18 @@ STRETCH = 8 * THREADS  # keys that are worth a block
 
 
 class Sorter:
-    """The memory of sorts of up to `most` pairs: keys and values twice, and the digits' counts."""
+    """The memory of sorts of up to `most` (below 2^31) pairs: keys and values twice, and the digits' counts."""
 
     def __init__(self, device: Device, most: int) -> None:
         self.device, self.blocks = device, min(MOST_BLOCKS, device.max_blocks)
-        self.keys, self.spare_keys, self.values, self.spare_values = (device.empty((most,), np.int64) for _ in range(4))
+        self.keys, self.spare_keys = (device.empty((most,), np.int64) for _ in range(2))
+        self.values, self.spare_values = (device.empty((most,), np.int32) for _ in range(2))
         self.counts = device.empty((self.blocks, DIGITS), np.int64)
 
     @staticmethod
     def nbytes(most: int) -> int:
         """The memory of a Sorter."""
-        return 4 * 8 * most + 8 * MOST_BLOCKS * DIGITS
+        return 2 * (8 + 4) * most + 8 * MOST_BLOCKS * DIGITS
 
     def sort(self, count: int, largest: int, *, op: str) -> tuple[Any, Any]:
         """Sort keys[:count], of at most `largest`; returns (sorted keys, the places where they stood)."""

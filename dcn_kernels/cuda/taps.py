@@ -39,8 +39,13 @@ def conv(
     (_, C, H, W), (OH, OW) = input.shape, offset.shape[2:]
     taps = kernel[0] * kernel[1]
     OG = offset.shape[1] // (2 * taps)
-    sizes = {"H + 2*padding": H + 2 * padding[0], "W + 2*padding": W + 2 * padding[1], "OH*OW": OH * OW, "C*KH*KW": C * taps,
-             "2*OG*KH*KW": offset.shape[1]}  # fmt: skip
+    sizes = {
+        "H + 2*padding": H + 2 * padding[0],
+        "W + 2*padding": W + 2 * padding[1],
+        "OH*OW": OH * OW,
+        "C*KH*KW": C * taps,
+        "2*OG*KH*KW": offset.shape[1],
+    }
     for name, size in sizes.items():
         if size > LARGEST:
             raise ValueError(f"{op}: expected {name} <= {LARGEST} on a GPU, got {size}")

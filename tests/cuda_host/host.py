@@ -1,8 +1,8 @@
-"""A stand-in for the GPU: compiles the kernels with g++, runs them on the CPU, and offers what `cuda.device.Device` does.
+"""A stand-in for the GPU: compiles the kernels with g++, runs them on the CPU; the methods of `cuda.device.Device`.
 
 A new kernel file needs nothing here: its launcher takes ``device=``, and what it launches is compiled when it is first
-launched, one library for each set of flags, kept in the cache folder under a hash of all that went into it. A kernel that
-uses more of CUDA than `cuda_host.hpp` defines adds that there.
+launched, one library for each set of flags, kept in the cache folder under a hash of all that went into it. A kernel
+that uses more of CUDA than `cuda_host.hpp` defines adds that there.
 """
 
 from __future__ import annotations
