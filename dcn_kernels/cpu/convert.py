@@ -12,7 +12,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from dcn_kernels.cpu.jit import inner
+from dcn_kernels.cpu.jit import inner, stay_apart
 from dcn_kernels.shapes import BFLOAT16
 
 F16, BF16, F32, F64 = 0, 1, 2, 3
@@ -26,35 +26,37 @@ def kind(array: np.ndarray) -> int:
 
 def _reader(code: int) -> Any:
     @intrinsic
-    def read(typingctx, address, like):  # type: ignore[no-untyped-def]
-        """The element at `address`, in the type of `like`."""
+    def read(typingctx, address, i, like):  # type: ignore[no-untyped-def]
+        """Element i of those at `address`, in the type of `like`."""
 
         def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
             f32 = ir.FloatType()
             if code == BF16:
-                bits = builder.load(builder.inttoptr(args[0], ir.IntType(16).as_pointer()), align=2)
+                start = builder.inttoptr(args[0], ir.IntType(16).as_pointer())
+                bits = builder.load(builder.gep(start, [args[1]]), align=2)
                 wide = builder.shl(builder.zext(bits, ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
                 value = builder.bitcast(wide, f32)
             else:
                 stored = {F16: ir.HalfType(), F32: f32, F64: ir.DoubleType()}[code]
                 size = {F16: 2, F32: 4, F64: 8}[code]
-                value = builder.load(builder.inttoptr(args[0], stored.as_pointer()), align=size)
+                start = builder.inttoptr(args[0], stored.as_pointer())
+                value = builder.load(builder.gep(start, [args[1]]), align=size)
             return _cast(builder, value, context.get_value_type(signature.return_type))
 
-        return like(types.intp, like), codegen
+        return like(types.intp, types.intp, like), codegen
 
     return read
 
 
 def _writer(code: int) -> Any:
     @intrinsic
-    def write(typingctx, address, value):  # type: ignore[no-untyped-def]
-        """Store `value` at `address`, rounded to nearest even."""
+    def write(typingctx, address, i, value):  # type: ignore[no-untyped-def]
+        """Store `value` as element i of those at `address`, rounded to nearest even."""
 
         def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
             f32, i32 = ir.FloatType(), ir.IntType(32)
             if code == BF16:
-                number = _cast(builder, args[1], f32)
+                number = _cast(builder, args[2], f32)
                 bits = builder.bitcast(number, i32)
                 odd = builder.and_(builder.lshr(bits, ir.Constant(i32, 16)), ir.Constant(i32, 1))
                 rounded = builder.add(builder.add(bits, ir.Constant(i32, 0x7FFF)), odd)
@@ -65,14 +67,15 @@ def _writer(code: int) -> Any:
             else:
                 stored = {F16: ir.HalfType(), F32: f32, F64: ir.DoubleType()}[code]
                 size = {F16: 2, F32: 4, F64: 8}[code]
-                value = args[1]
+                value = args[2]
                 if code == F16:  # from float64 in two steps, which only the compiler sees: halves are summed in float32
                     value = _cast(builder, value, f32)
                 value = _cast(builder, value, stored)
-            builder.store(value, builder.inttoptr(args[0], value.type.as_pointer()), align=size)
+            start = builder.inttoptr(args[0], value.type.as_pointer())
+            builder.store(value, builder.gep(start, [args[1]]), align=size)
             return context.get_dummy_value()
 
-        return types.void(types.intp, value), codegen
+        return types.void(types.intp, types.intp, value), codegen
 
     return write
 
@@ -94,45 +97,48 @@ _write_f16, _write_bf16, _write_f32, _write_f64 = (_writer(code) for code in (F1
 @inner
 def load_run(to, start, address, stride, count, code):  # type: ignore[no-untyped-def]
     """to[start : start + count] = the elements at address, address + stride, ... (bytes), of dtype `code`."""
+    stay_apart()
     like = to[0]
-    if code == F32:
-        if stride == 4:
-            for i in range(count):
-                to[start + i] = _read_f32(address + i * 4, like)
-        else:
-            for i in range(count):
-                to[start + i] = _read_f32(address + i * stride, like)
-    elif code == F64:
+    run = to[start : start + count]  # a view: a loop over it has plain indices, of which LLVM makes vectors
+    if code == F32 and stride == 4:
         for i in range(count):
-            to[start + i] = _read_f64(address + i * stride, like)
-    elif code == F16:
-        if stride == 2:
-            for i in range(count):
-                to[start + i] = _read_f16(address + i * 2, like)
-        else:
-            for i in range(count):
-                to[start + i] = _read_f16(address + i * stride, like)
+            run[i] = _read_f32(address, i, like)
+    elif code == F64 and stride == 8:
+        for i in range(count):
+            run[i] = _read_f64(address, i, like)
+    elif code == F16 and stride == 2:
+        for i in range(count):
+            run[i] = _read_f16(address, i, like)
+    elif code == BF16 and stride == 2:
+        for i in range(count):
+            run[i] = _read_bf16(address, i, like)
     else:
-        if stride == 2:
-            for i in range(count):
-                to[start + i] = _read_bf16(address + i * 2, like)
-        else:
-            for i in range(count):
-                to[start + i] = _read_bf16(address + i * stride, like)
+        for i in range(count):
+            at = address + i * stride
+            if code == F32:
+                run[i] = _read_f32(at, 0, like)
+            elif code == F64:
+                run[i] = _read_f64(at, 0, like)
+            elif code == F16:
+                run[i] = _read_f16(at, 0, like)
+            else:
+                run[i] = _read_bf16(at, 0, like)
 
 
 @inner
 def store_run(values, start, count, address, code):  # type: ignore[no-untyped-def]
     """Write values[start : start + count] to consecutive elements of dtype `code` at address."""
+    stay_apart()
+    run = values[start : start + count]
     if code == F32:
         for i in range(count):
-            _write_f32(address + i * 4, values[start + i])
+            _write_f32(address, i, run[i])
     elif code == F64:
         for i in range(count):
-            _write_f64(address + i * 8, values[start + i])
+            _write_f64(address, i, run[i])
     elif code == F16:
         for i in range(count):
-            _write_f16(address + i * 2, values[start + i])
+            _write_f16(address, i, run[i])
     else:
         for i in range(count):
-            _write_bf16(address + i * 2, values[start + i])
+            _write_bf16(address, i, run[i])

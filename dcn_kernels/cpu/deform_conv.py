@@ -21,9 +21,9 @@ import numpy as np
 from dcn_kernels.cpu import workspace
 from dcn_kernels.cpu.convert import kind, load_run, store_run
 from dcn_kernels.cpu.gemm import DEPTH, LDA, MR, columns_by_rows, panel, rows_by_panels, vector
-from dcn_kernels.cpu.jit import inner, kernel
-from dcn_kernels.cpu.lanes import blend8, blend16, dots8, dots16, spread8, spread16
-from dcn_kernels.cpu.sampling import BORDERS, coordinate_gradients, corner_table
+from dcn_kernels.cpu.jit import inner, kernel, stay_apart
+from dcn_kernels.cpu.lanes import blend8, blend16, dots8, dots16, spread8, spread16, transpose8, transpose16
+from dcn_kernels.cpu.sampling import coordinate_gradients, corner_table, limits
 from dcn_kernels.cpu.threads import barrier, claim, get_num_threads, run
 from dcn_kernels.shapes import accumulator
 
@@ -59,7 +59,6 @@ class Shape(NamedTuple):
     padding_w: int
     dilation_h: int
     dilation_w: int
-    border: int
     lanes: int  # channels in a slab
     images: int  # staged at once
     tile: int  # output pixels, a multiple of MR
@@ -104,6 +103,7 @@ def cut(C: int, groups: int, OG: int) -> Slabs:
 @inner
 def stage(s, input, n, b, slab, slabs, staged, block):  # type: ignore[no-untyped-def]
     """Copy one slab of image n to staged[b, slab] channels-last, with a pixel of zeros at its end."""
+    stay_apart()
     first, count = slabs[slab, 0], slabs[slab, 1]
     plane = staged[b, slab]
     zero = block.dtype.type(0)
@@ -116,21 +116,53 @@ def stage(s, input, n, b, slab, slabs, staged, block):  # type: ignore[no-untype
         for c in range(count, s.lanes):
             for p in range(length):
                 block[c * 64 + p] = zero
-        if s.lanes == 16:
-            for p in range(length):
-                for c in range(16):
-                    plane[start + p, c] = block[c * 64 + p]
-        else:
-            for p in range(length):
-                for c in range(8):
-                    plane[start + p, c] = block[c * 64 + p]
+        turn(s.lanes, block, s.lanes, length, plane[start:])
     for c in range(s.lanes):
         plane[pixels, c] = zero
 
 
 @inner
+def turn(lanes, block, channels, pixels, runs):  # type: ignore[no-untyped-def]
+    """runs[p, c] = block[c*64 + p] for a block of up to 64 pixels; channels a multiple of lanes."""
+    stay_apart()
+    like, itemsize = block[0], block.itemsize
+    row = runs.strides[0] // itemsize
+    whole = pixels // lanes * lanes
+    for c in range(0, channels, lanes):
+        for p in range(0, whole, lanes):
+            source, target = block.ctypes.data + (c * 64 + p) * itemsize, runs.ctypes.data + (p * row + c) * itemsize
+            if lanes == 16:
+                transpose16(like, source, 64, target, row)
+            else:
+                transpose8(like, source, 64, target, row)
+        for p in range(whole, pixels):
+            for i in range(c, c + lanes):
+                runs[p, i] = block[i * 64 + p]
+
+
+@inner
+def turn_back(lanes, runs, channels, pixels, block):  # type: ignore[no-untyped-def]
+    """block[c*64 + p] = runs[p, c]: the inverse of `turn`."""
+    stay_apart()
+    like, itemsize = block[0], block.itemsize
+    row = runs.strides[0] // itemsize
+    whole = pixels // lanes * lanes
+    for c in range(0, channels, lanes):
+        for p in range(0, whole, lanes):
+            source, target = runs.ctypes.data + (p * row + c) * itemsize, block.ctypes.data + (c * 64 + p) * itemsize
+            if lanes == 16:
+                transpose16(like, source, row, target, 64)
+            else:
+                transpose8(like, source, row, target, 64)
+        for p in range(whole, pixels):
+            for i in range(c, c + lanes):
+                block[i * 64 + p] = runs[p, i]
+
+
+@inner
 def load_pixels(to, at, base, array, row_length, start, count):  # type: ignore[no-untyped-def]
     """to[at:] = pixels start .. start + count, row-major, of the plane at address base."""
+    stay_apart()
     if array.s2 == row_length * array.s3:
         load_run(to, at, base + start * array.s3, array.s3, count, array.kind)
         return
@@ -145,6 +177,7 @@ def load_pixels(to, at, base, array, row_length, start, count):  # type: ignore[
 @inner
 def positions(s, offset, mask, n, g, k, start, count, y, x, m):  # type: ignore[no-untyped-def]
     """y, x, m of tap k of offset group g at `count` output pixels of image n from `start`: p0 + p_k + dp_k."""
+    stay_apart()
     taps = s.KH * s.KW
     base = offset.address + n * offset.s0 + 2 * (g * taps + k) * offset.s1
     load_pixels(y, 0, base, offset, s.OW, start, count)
@@ -160,33 +193,28 @@ def positions(s, offset, mask, n, g, k, start, count, y, x, m):  # type: ignore[
     while done < count:
         row, column = (start + done) // s.OW, (start + done) % s.OW
         length = min(s.OW - column, count - done)
-        y0 = y.dtype.type(row * s.stride_h + down)
-        for p in range(done, done + length):
-            y[p] = y0 + y[p]
-            x[p] = x.dtype.type((column + p - done) * s.stride_w + right) + x[p]
+        y0, x0 = y.dtype.type(row * s.stride_h + down), column * s.stride_w + right
+        row_y, row_x = y[done : done + length], x[done : done + length]
+        for p in range(length):
+            row_y[p] = y0 + row_y[p]
+            row_x[p] = x.dtype.type(np.int32(x0 + p * s.stride_w)) + row_x[p]
         done += length
 
 
 @inner
-def sample_columns(s, source, index, weight, at, step, count, columns, column):  # type: ignore[no-untyped-def]
-    """columns[p, column : column + lanes] = sum_q w_q x_q for `count` pixels; the corner table starts at `at`."""
+def sample_columns(s, source, index, weight, row, count, columns, column):  # type: ignore[no-untyped-def]
+    """columns[p, column : column + lanes] = sum_q w_q x_q for `count` pixels, by one row of the corner table."""
+    stay_apart()
     itemsize = columns.itemsize
     to = columns.ctypes.data + column * itemsize
-    i00, i01, i10, i11 = at, at + step, at + 2 * step, at + 3 * step
-    if s.lanes == 16:
-        for p in range(count):
-            blend16(
-                to + p * LDA * itemsize, source,
-                np.int64(index[i00 + p]), np.int64(index[i01 + p]), np.int64(index[i10 + p]), np.int64(index[i11 + p]),
-                weight[i00 + p], weight[i01 + p], weight[i10 + p], weight[i11 + p],
-            )  # fmt: skip
-    else:
-        for p in range(count):
-            blend8(
-                to + p * LDA * itemsize, source,
-                np.int64(index[i00 + p]), np.int64(index[i01 + p]), np.int64(index[i10 + p]), np.int64(index[i11 + p]),
-                weight[i00 + p], weight[i01 + p], weight[i10 + p], weight[i11 + p],
-            )  # fmt: skip
+    for p in range(count):
+        q00, q01 = np.int64(index[row, 0, p]), np.int64(index[row, 1, p])
+        q10, q11 = np.int64(index[row, 2, p]), np.int64(index[row, 3, p])
+        w00, w01, w10, w11 = weight[row, 0, p], weight[row, 1, p], weight[row, 2, p], weight[row, 3, p]
+        if s.lanes == 16:
+            blend16(to + p * LDA * itemsize, source, q00, q01, q10, q11, w00, w01, w10, w11)
+        else:
+            blend8(to + p * LDA * itemsize, source, q00, q01, q10, q11, w00, w01, w10, w11)
 
 
 @inner
@@ -200,6 +228,7 @@ def round_up(value, multiple):  # type: ignore[no-untyped-def]
 @inner
 def pack_weights(s, weight, group, j, slabs, of_group, packed, columns):  # type: ignore[no-untyped-def]
     """Output channels j .. j + panel of one group as panels [pass][unit, lane][o] of the product's operand B."""
+    stay_apart()
     taps, per_group = s.KH * s.KW, s.O // s.groups
     first_slab, last_slab = of_group[group], of_group[group + 1]
     padded = round_up(per_group, s.width)
@@ -233,21 +262,20 @@ def pack_weights(s, weight, group, j, slabs, of_group, packed, columns):  # type
 @inner
 def write_tile(s, sums, bias, out, n, o, count, start, length, block):  # type: ignore[no-untyped-def]
     """out[n, o : o + count, start : start + length] = sums^T + bias; out is C-contiguous."""
+    stay_apart()
     pixels = s.OH * s.OW
     itemsize = out.s3
     for o16 in range(0, count, 16):
         several = min(16, count - o16)
         for p64 in range(0, length, 64):
             few = min(64, length - p64)
-            for p in range(few):
-                for i in range(several):
-                    block[i * 64 + p] = sums[p64 + p, o16 + i]
+            turn_back(16, sums[p64:, o16:], 16, few, block)
             for i in range(several):
                 if bias.address != 0:
                     load_run(block, 16 * 64, bias.address + (o + o16 + i) * bias.s0, 0, 1, bias.kind)
-                    b = block[16 * 64]
+                    b, line = block[16 * 64], block[i * 64 : i * 64 + few]
                     for p in range(few):
-                        block[i * 64 + p] += b
+                        line[p] += b
                 to = out.address + ((n * s.O + o + o16 + i) * pixels + start + p64) * itemsize
                 store_run(block, i * 64, few, to, out.kind)
 
@@ -255,13 +283,13 @@ def write_tile(s, sums, bias, out, n, o, count, start, length, block):  # type: 
 @kernel
 def forward_worker(  # type: ignore[no-untyped-def]
     thread, threads, sync, s, input, offset, mask, weight, bias, out,
-    slabs, of_group,
+    slabs, of_group, limits,
     packed,  # (depth of all units * padded outputs,): B of the product
     staged,  # (images, slabs, H*W + 1, lanes)
     columns,  # (threads, tile, LDA): A of the product
     sums,  # (threads, tile, padded outputs of a group): C
-    index,  # (threads, OG*K*4*tile): corner pixels
-    factor,  # (threads, OG*K*4*tile): their weights
+    index,  # (threads, OG*K, 4, tile): corner pixels
+    factor,  # (threads, OG*K, 4, tile): their weights
     lines,  # (threads, 3, tile): y, x, m
     blocks,  # (threads, 16*64 + 64)
 ):  # fmt: skip
@@ -269,6 +297,7 @@ def forward_worker(  # type: ignore[no-untyped-def]
     taps, pixels, per_group = s.KH * s.KW, s.OH * s.OW, s.O // s.groups
     itemsize = columns.itemsize
     column, total, block = columns[thread], sums[thread], blocks[thread]
+    corners, weights = index[thread], factor[thread]
     y, x, m = lines[thread, 0], lines[thread, 1], lines[thread, 2]
     like = block[0]
     zero = block.dtype.type(0)
@@ -296,8 +325,7 @@ def forward_worker(  # type: ignore[no-untyped-def]
             for g in range(s.OG):
                 for k in range(taps):
                     positions(s, offset, mask, image + b, g, k, start, count, y, x, m)
-                    at = (g * taps + k) * 4 * s.tile
-                    corner_table(s.border, y, x, m, count, s.H, s.W, index[thread], factor[thread], at, s.tile)
+                    corner_table(y, x, m, count, s.H, s.W, limits, corners, weights, g * taps + k)
             for group in range(s.groups):
                 for p in range(round_up(count, MR)):
                     for o in range(padded):
@@ -307,11 +335,8 @@ def forward_worker(  # type: ignore[no-untyped-def]
                     depth = min(units, last_unit - unit) * s.lanes
                     for u in range(min(units, last_unit - unit)):
                         slab, k = (unit + u) // taps, (unit + u) % taps
-                        at = (slabs[slab, 3] * taps + k) * 4 * s.tile
-                        source = staged[b, slab].ctypes.data
-                        sample_columns(
-                            s, source, index[thread], factor[thread], at, s.tile, count, column, u * s.lanes
-                        )
+                        source, row = staged[b, slab].ctypes.data, slabs[slab, 3] * taps + k
+                        sample_columns(s, source, corners, weights, row, count, column, u * s.lanes)
                     operand = packed.ctypes.data + unit * s.lanes * padded * itemsize
                     rows_by_panels(
                         like, itemsize, column.ctypes.data, count, depth, operand, padded,
@@ -347,7 +372,7 @@ def deform_conv2d(
         return out
     real = accumulator(input.dtype)
     slabs = cut(input.shape[1], input.shape[1] // weight.shape[1], _offset_groups(offset, weight))
-    shape = _shape(input, offset, weight, stride, padding, dilation, border, slabs, real.itemsize)
+    shape = _shape(input, offset, weight, stride, padding, dilation, slabs, real.itemsize)
     per_group = shape.O // shape.groups
     padded = -(-per_group // shape.width) * shape.width
     pixels, taps, threads = shape.OH * shape.OW, shape.KH * shape.KW, get_num_threads()
@@ -362,15 +387,16 @@ def deform_conv2d(
         "packed": ((len(slabs.table) * taps * shape.lanes * padded,), real),
         "staged": ((shape.images, len(slabs.table), shape.H * shape.W + 1, shape.lanes), real),
         "columns": ((threads, shape.tile, LDA), real),
-        "sums": ((threads, shape.tile, padded), real),
-        "index": ((threads, shape.OG * taps * 4 * shape.tile), np.int32),
-        "factor": ((threads, shape.OG * taps * 4 * shape.tile), real),
+        "sums": ((threads, shape.tile, -(-padded // 16) * 16), real),  # read in blocks of 16
+        "index": ((threads, shape.OG * taps, 4, shape.tile), np.int32),
+        "factor": ((threads, shape.OG * taps, 4, shape.tile), real),
         "lines": ((threads, 3, shape.tile), real),
         "blocks": ((threads, 16 * 64 + 64), real),
     }
     buffers = workspace.allocate(plan)
+    rule = limits(border, shape.H, shape.W, real)
     arrays = (_array(input), _array(offset), _array(mask), _array(weight), _array(bias), _array(out))
-    run(forward_worker, threads, shape, *arrays, slabs.table, slabs.of_group, *buffers.values())
+    run(forward_worker, threads, shape, *arrays, slabs.table, slabs.of_group, rule, *buffers.values())
     return out
 
 
@@ -392,7 +418,6 @@ def _shape(
     stride: tuple[int, int],
     padding: tuple[int, int],
     dilation: tuple[int, int],
-    border: str,
     slabs: Slabs,
     itemsize: int,
 ) -> Shape:
@@ -403,7 +428,7 @@ def _shape(
     image_bytes = len(slabs.table) * (H * W + 1) * slabs.lanes * itemsize
     return Shape(
         N, C, H, W, O, KH, KW, *offset.shape[2:], _offset_groups(offset, weight), C // weight.shape[1],
-        *stride, *padding, *dilation, BORDERS[border],
+        *stride, *padding, *dilation,
         slabs.lanes, max(1, min(N, STAGE_BYTES // image_bytes)), MR, vector(itemsize), panel(itemsize), 1,
     )  # fmt: skip
 
@@ -423,6 +448,7 @@ class Wanted(NamedTuple):
 @inner
 def stage_grad_output(s, grad, n, start, count, slot, staged_grad, block):  # type: ignore[no-untyped-def]
     """staged_grad[o // DEPTH, slot + p, o % DEPTH] = grad[n, o, start + p]: the operand A of both products."""
+    stay_apart()
     for o16 in range(0, s.O, 16):
         several = min(16, s.O - o16)
         part, column = o16 // DEPTH, o16 % DEPTH
@@ -431,9 +457,7 @@ def stage_grad_output(s, grad, n, start, count, slot, staged_grad, block):  # ty
             for i in range(several):
                 base = grad.address + n * grad.s0 + (o16 + i) * grad.s1
                 load_pixels(block, i * 64, base, grad, s.OW, start + p64, few)
-            for p in range(few):
-                for i in range(several):
-                    staged_grad[part, slot + p64 + p, column + i] = block[i * 64 + p]
+            turn(16, block, 16, few, staged_grad[part, slot + p64 :, column:])
 
 
 @inner
@@ -442,6 +466,7 @@ def pack_slab(s, weight, group, first, count, k0, k1, to_columns, packed, line):
 
     Panels [part of o][column / panel][o][panel], column = (k - k0)*lanes + c; the parts are those of staged_grad.
     """
+    stay_apart()
     per_group, taps = s.O // s.groups, s.KH * s.KW
     first_o = group * per_group
     channel = first - group * (s.C // s.groups)
@@ -475,37 +500,38 @@ def pack_slab(s, weight, group, first, count, k0, k1, to_columns, packed, line):
 
 
 @inner
-def sample_gradients(s, wanted, source, target, index, weight, at, step, count, grad_columns, columns, column, part):  # type: ignore[no-untyped-def]
+def sample_gradients(s, wanted, source, target, index, weight, row, count, grad_columns, columns, column, part):  # type: ignore[no-untyped-def]
     """For `count` samples of one unit: their columns, their four dots, and their share of grad_input."""
+    stay_apart()
     itemsize = columns.itemsize
     like = columns[0, 0]
-    row = LDA * itemsize
+    line = LDA * itemsize
     to = columns.ctypes.data + column * itemsize
     g = grad_columns.ctypes.data + column * itemsize
-    i00, i01, i10, i11 = at, at + step, at + 2 * step, at + 3 * step
     for p in range(count):
-        q00, q01 = np.int64(index[i00 + p]), np.int64(index[i01 + p])
-        q10, q11 = np.int64(index[i10 + p]), np.int64(index[i11 + p])
-        w00, w01, w10, w11 = weight[i00 + p], weight[i01 + p], weight[i10 + p], weight[i11 + p]
+        q00, q01 = np.int64(index[row, 0, p]), np.int64(index[row, 1, p])
+        q10, q11 = np.int64(index[row, 2, p]), np.int64(index[row, 3, p])
+        w00, w01, w10, w11 = weight[row, 0, p], weight[row, 1, p], weight[row, 2, p], weight[row, 3, p]
         if s.lanes == 16:
             if wanted.coordinates:
-                dots16(like, part + p * 4 * itemsize, g + p * row, source, q00, q01, q10, q11)
+                dots16(like, part + p * 4 * itemsize, g + p * line, source, q00, q01, q10, q11)
             if wanted.weight:
-                blend16(to + p * row, source, q00, q01, q10, q11, w00, w01, w10, w11)
+                blend16(to + p * line, source, q00, q01, q10, q11, w00, w01, w10, w11)
             if wanted.input:
-                spread16(g + p * row, target, q00, q01, q10, q11, w00, w01, w10, w11)
+                spread16(g + p * line, target, q00, q01, q10, q11, w00, w01, w10, w11)
         else:
             if wanted.coordinates:
-                dots8(like, part + p * 4 * itemsize, g + p * row, source, q00, q01, q10, q11)
+                dots8(like, part + p * 4 * itemsize, g + p * line, source, q00, q01, q10, q11)
             if wanted.weight:
-                blend8(to + p * row, source, q00, q01, q10, q11, w00, w01, w10, w11)
+                blend8(to + p * line, source, q00, q01, q10, q11, w00, w01, w10, w11)
             if wanted.input:
-                spread8(g + p * row, target, q00, q01, q10, q11, w00, w01, w10, w11)
+                spread8(g + p * line, target, q00, q01, q10, q11, w00, w01, w10, w11)
 
 
 @inner
 def add_weight_gradient(s, slab_grad, group, first, count, k0, k1, grad_weight):  # type: ignore[no-untyped-def]
     """grad_weight[o, c, k] += slab_grad[row of o, (k - k0)*lanes + c]; each part of o starts a multiple of MR rows."""
+    stay_apart()
     per_group, taps, per_group_in = s.O // s.groups, s.KH * s.KW, s.C // s.groups
     channel = first - group * per_group_in
     o, row = group * per_group, 0
@@ -526,12 +552,12 @@ def slab_backward(  # type: ignore[no-untyped-def]
     index, factor, part, grad_weight, packed, slab_grad, grad_column, column, line,
 ):  # fmt: skip
     """All that one slab gives for the tiles of one chunk; `part` (taps, slots, 4) is its range's."""
+    stay_apart()
     taps, pixels, per_group = s.KH * s.KW, s.OH * s.OW, s.O // s.groups
     itemsize = column.itemsize
     like, zero = column[0, 0], column.dtype.type(0)
     first, count, group, g = slabs[slab, 0], slabs[slab, 1], slabs[slab, 2], slabs[slab, 3]
     slots = (last_tile - first_tile) * s.tile
-    step = index.shape[1]
     back = wanted.input | wanted.coordinates
     for k0 in range(0, taps, DEPTH // s.lanes):
         k1 = min(taps, k0 + DEPTH // s.lanes)
@@ -557,10 +583,9 @@ def slab_backward(  # type: ignore[no-untyped-def]
                     base += depth * columns
                     o += depth
             for k in range(k0, k1):
-                at = (g * taps + k) * 4 * step + slot
                 sample_gradients(
-                    s, wanted, staged[b, slab].ctypes.data, grad_staged[b, slab].ctypes.data, index.ravel(),
-                    factor.ravel(), at, step, length, grad_column, column, (k - k0) * s.lanes,
+                    s, wanted, staged[b, slab].ctypes.data, grad_staged[b, slab].ctypes.data, index[tile - first_tile],
+                    factor[tile - first_tile], g * taps + k, length, grad_column, column, (k - k0) * s.lanes,
                     part + (k * slots + slot) * 4 * itemsize,
                 )  # fmt: skip
             if wanted.weight:
@@ -580,18 +605,20 @@ def slab_backward(  # type: ignore[no-untyped-def]
 
 @inner
 def write_coordinate_gradients(  # type: ignore[no-untyped-def]
-    s, offset, mask, n, g, k, start, count, part, at, step, grad_offset, grad_mask, lines, dots
+    s, limits, offset, mask, n, g, k, start, count, part, at, grad_offset, grad_mask, lines
 ):  # fmt: skip
     """grad_offset and grad_mask of one tap at `count` pixels: the ranges' dots added up in order."""
+    stay_apart()
     taps, pixels = s.KH * s.KW, s.OH * s.OW
-    for i in range(4 * count):
-        dots[i] = part[at + i]
+    first = part[g * s.ranges, at:]
     for r in range(1, s.ranges):
-        for i in range(4 * count):
-            dots[i] += part[at + r * step + i]
+        more = part[g * s.ranges + r, at:]
+        for p in range(count):
+            for q in range(4):
+                first[p, q] += more[p, q]
     y, x, m = lines[0], lines[1], lines[2]
     positions(s, offset, mask, n, g, k, start, count, y, x, m)
-    coordinate_gradients(s.border, y, x, m, count, s.H, s.W, dots, lines[3], lines[4], lines[5])
+    coordinate_gradients(y, x, m, count, limits, first, lines[3], lines[4], lines[5])
     channel = g * taps + k
     if grad_offset.address != 0:
         to = grad_offset.address + ((n * s.OG * taps + channel) * 2 * pixels + start) * grad_offset.s3
@@ -605,14 +632,13 @@ def write_coordinate_gradients(  # type: ignore[no-untyped-def]
 @inner
 def unstage(s, grad_staged, b, slab, slabs, n, grad_input, block):  # type: ignore[no-untyped-def]
     """grad_input[n, channels of the slab] = the staged gradient, back to NCHW."""
+    stay_apart()
     first, count = slabs[slab, 0], slabs[slab, 1]
     plane = grad_staged[b, slab]
     pixels = s.H * s.W
     for start in range(0, pixels, 64):
         length = min(64, pixels - start)
-        for p in range(length):
-            for c in range(s.lanes):
-                block[c * 64 + p] = plane[start + p, c]
+        turn_back(s.lanes, plane[start:], s.lanes, length, block)
         for c in range(count):
             to = grad_input.address + ((n * s.C + first + c) * pixels + start) * grad_input.s3
             store_run(block, c * 64, length, to, grad_input.kind)
@@ -621,6 +647,7 @@ def unstage(s, grad_staged, b, slab, slabs, n, grad_input, block):  # type: igno
 @inner
 def sum_bias(s, grad, o, grad_bias, block):  # type: ignore[no-untyped-def]
     """grad_bias[o] = the sum of grad over images and pixels, in pieces so that rounding errors stay small."""
+    stay_apart()
     total = np.float64(0)
     for n in range(s.N):
         for start in range(0, s.OH * s.OW, 1024):
@@ -637,29 +664,27 @@ def sum_bias(s, grad, o, grad_bias, block):  # type: ignore[no-untyped-def]
 @kernel
 def backward_worker(  # type: ignore[no-untyped-def]
     thread, threads, sync, s, wanted, grad_output, input, offset, mask, weight,
-    grad_input, grad_offset, grad_mask, grad_weight_out, grad_bias, slabs, of_offset,
+    grad_input, grad_offset, grad_mask, grad_weight_out, grad_bias, slabs, of_offset, limits,
     grad_weight,  # (O * C/groups * K,): sums, perhaps in a wider type than grad_weight_out
     staged,  # (images, slabs, H*W + 1, lanes)
     grad_staged,  # the same, of grad_input
-    staged_grad,  # (parts of O, slots, LDA): grad_output of a chunk
-    index,  # (OG*K*4, slots): corner pixels of a chunk
-    factor,  # (OG*K*4, slots): their weights
-    part,  # (OG * ranges, K, slots, 4): dots of a chunk
+    staged_grad,  # (parts of O, slots = pixels of a chunk's tiles, LDA): grad_output
+    index,  # (tiles of a chunk, OG*K, 4, tile): corner pixels
+    factor,  # (tiles of a chunk, OG*K, 4, tile): their weights
+    part,  # (OG * ranges, K * slots, 4): dots of a chunk
     packed,  # (threads, O/groups * columns): weights of one slab
     slab_grad,  # (threads, rows, columns): grad_weight of one slab
     grad_columns,  # (threads, tile, LDA)
     columns,  # (threads, tile, LDA)
     lines,  # (threads, 6, tile)
-    blocks,  # (threads, 4*tile + 16*64 + lanes*K)
+    blocks,  # (threads, 16*64 or lanes*K)
 ):  # fmt: skip
     """One thread of the backward: a thread owns a range of slabs at a time."""
     taps, pixels = s.KH * s.KW, s.OH * s.OW
     block, zero = blocks[thread], staged.dtype.type(0)
     y, x, m = lines[thread, 0], lines[thread, 1], lines[thread, 2]
     tiles = (pixels + s.tile - 1) // s.tile
-    slots = index.shape[1]
-    chunk = slots // s.tile  # tiles of a chunk
-    range_size = part[0].size
+    chunk = index.shape[0]
     sampling = wanted.input | wanted.weight | wanted.coordinates
 
     o = claim(sync)
@@ -698,10 +723,8 @@ def backward_worker(  # type: ignore[no-untyped-def]
                 else:
                     for k in range(taps):
                         positions(s, offset, mask, image + b, g, k, start, count, y, x, m)
-                        at = (g * taps + k) * 4 * slots + slot
-                        corner_table(
-                            s.border, y, x, m, count, s.H, s.W, index.ravel(), factor.ravel(), at, slots
-                        )
+                        corners, weights = index[tile - first_tile], factor[tile - first_tile]
+                        corner_table(y, x, m, count, s.H, s.W, limits, corners, weights, g * taps + k)
                 item = claim(sync)
             barrier(threads, sync)
             # slab by slab: each range of slabs has one owner
@@ -709,15 +732,14 @@ def backward_worker(  # type: ignore[no-untyped-def]
             while item < s.OG * s.ranges:
                 g, r = item // s.ranges, item % s.ranges
                 if wanted.coordinates:
-                    dots = part[item].ravel()
-                    dots[: taps * used * 4] = zero
+                    part[item, : taps * used] = zero
                 slabs_of_g = of_offset[g + 1] - of_offset[g]
                 for slab in range(
                     of_offset[g] + slabs_of_g * r // s.ranges, of_offset[g] + slabs_of_g * (r + 1) // s.ranges
                 ):
                     slab_backward(
                         s, wanted, weight, slabs, slab, image, first_tile, last_tile, tiles, staged, grad_staged,
-                        staged_grad, index, factor, part.ctypes.data + item * range_size * part.itemsize, grad_weight,
+                        staged_grad, index, factor, part[item].ctypes.data, grad_weight,
                         packed[thread], slab_grad[thread], grad_columns[thread], columns[thread], block,
                     )  # fmt: skip
                 item = claim(sync)
@@ -729,10 +751,9 @@ def backward_worker(  # type: ignore[no-untyped-def]
                     b, start, slot = tile // tiles, tile % tiles * s.tile, (tile - first_tile) * s.tile
                     count = min(s.tile, pixels - start)
                     for k in range(taps):
-                        at = g * s.ranges * range_size + (k * used + slot) * 4
                         write_coordinate_gradients(
-                            s, offset, mask, image + b, g, k, start, count, part.ravel(), at, range_size,
-                            grad_offset, grad_mask, lines[thread], block,
+                            s, limits, offset, mask, image + b, g, k, start, count, part, k * used + slot,
+                            grad_offset, grad_mask, lines[thread],
                         )  # fmt: skip
                     item = claim(sync)
                 barrier(threads, sync)
@@ -780,7 +801,7 @@ def deform_conv2d_backward(
     grads = {name: np.empty(size, dtype) for name, (size, dtype) in shapes.items()}
     real = accumulator(input.dtype)
     slabs = cut(input.shape[1], input.shape[1] // weight.shape[1], _offset_groups(offset, weight))
-    shape = _shape(input, offset, weight, stride, padding, dilation, border, slabs, real.itemsize)
+    shape = _shape(input, offset, weight, stride, padding, dilation, slabs, real.itemsize)
     wanted = Wanted(*(int(name in wrt) for name in ("input", "weight", "bias")), int("offset" in wrt or "mask" in wrt))
     pixels, taps, threads = shape.OH * shape.OW, shape.KH * shape.KW, get_num_threads()
     tile = min(BACKWARD_TILE, -(-pixels // MR) * MR)
@@ -799,22 +820,23 @@ def deform_conv2d_backward(
         "staged": ((shape.images, len(slabs.table), shape.H * shape.W + 1, shape.lanes), real),
         "grad_staged": ((shape.images, len(slabs.table), (shape.H * shape.W + 1) * wanted.input, shape.lanes), real),
         "staged_grad": ((parts, slots, LDA), real),
-        "index": ((shape.OG * taps * 4, slots), np.int32),
-        "factor": ((shape.OG * taps * 4, slots), real),
-        "part": ((shape.OG * ranges, taps, slots, 4 * wanted.coordinates), real),
+        "index": ((slots // tile, shape.OG * taps, 4, tile), np.int32),
+        "factor": ((slots // tile, shape.OG * taps, 4, tile), real),
+        "part": ((shape.OG * ranges, taps * slots * wanted.coordinates, 4), real),
         "packed": ((threads, per_group * columns), real),
         "slab_grad": ((threads, (per_group + (parts + 1) * MR) * wanted.weight, columns), real),
         "grad_columns": ((threads, tile, LDA), real),
         "columns": ((threads, tile, LDA), real),
         "lines": ((threads, 6, tile), real),
-        "blocks": ((threads, max(4 * tile, 16 * 64, shape.lanes * taps)), real),
+        "blocks": ((threads, max(16 * 64, shape.lanes * taps)), real),
     }
     buffers = workspace.allocate(plan)
     if "weight" in wrt and not wide:
         buffers["grad_weight"] = grads["weight"].reshape(-1)
+    rule = limits(border, shape.H, shape.W, real)
     arrays = [_array(each) for each in (grad_output, input, offset, mask, weight)]
     outputs = [_array(grads.get(name)) for name in ("input", "offset", "mask", "weight", "bias")]
     run(
-        backward_worker, threads, shape, wanted, *arrays, *outputs, slabs.table, slabs.of_offset, *buffers.values()
+        backward_worker, threads, shape, wanted, *arrays, *outputs, slabs.table, slabs.of_offset, rule, *buffers.values()
     )
     return grads

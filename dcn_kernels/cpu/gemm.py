@@ -22,7 +22,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from dcn_kernels.cpu.jit import inner
+from dcn_kernels.cpu.jit import inner, stay_apart
 
 _features = llvm.get_host_cpu_features()
 _machine = llvm.get_default_triple().split("-")[0]
@@ -134,6 +134,7 @@ def rows_by_panels(like, itemsize, a, rows, depth, b, columns, c, ldc):  # type:
 
     a, b, c are addresses; rows is rounded up to MR, columns a multiple of VECTOR, depth at least 1 and at most DEPTH.
     """
+    stay_apart()
     width = VECTOR_BYTES // itemsize
     wide = COLUMN_VECTORS * width
     j = 0
@@ -155,6 +156,7 @@ def columns_by_rows(like, itemsize, a, rows, depth, b, columns, c, ldc):  # type
 
     a, b, c are addresses; rows is rounded up to MR, columns a multiple of VECTOR, depth at least 1.
     """
+    stay_apart()
     width = VECTOR_BYTES // itemsize
     wide = COLUMN_VECTORS * width
     j = 0

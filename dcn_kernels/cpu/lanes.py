@@ -1,4 +1,4 @@
-"""Runs of channels as LLVM vectors: the three loops over channels of a sample, each for a fixed number of lanes.
+"""Runs of channels as LLVM vectors: the loops over channels of a sample, each for a fixed number of lanes.
 
 An image is staged channels-last, so the channels of a pixel are one run of memory. For the four corner pixels q of a
 position p, with weights w_q = m G(q, p):
@@ -6,6 +6,8 @@ position p, with weights w_q = m G(q, p):
     blend    column  = sum_q w_q x_q              the sample
     dots     part_q += sum over lanes g x_q       of which grad_offset and grad_mask are linear combinations
     spread   y_q    += w_q g                      the transpose of blend
+
+and `transpose` between channels-last runs and rows of pixels.
 
 Addresses are in bytes; a pixel's run starts at base + pixel * lanes elements. Corners may be the same pixel.
 """
@@ -73,10 +75,8 @@ class _Emit:
         length = half // 2
         while length > 1:
             length //= 2
-            count = 4 * length
             low = [p * 2 * length + l for p in range(4) for l in range(length)]
             total = add(pick(total, total, low), pick(total, total, [l + length for l in low]))
-            assert len(low) == count
         return total
 
 
@@ -138,6 +138,39 @@ def _spread(lanes: int) -> Any:
     return spread
 
 
+def _transpose(lanes: int) -> Any:
+    @intrinsic
+    def transpose(typingctx, like, source, source_row, target, target_row):  # type: ignore[no-untyped-def]
+        """target[j, i] = source[i, j] for lanes x lanes elements; rows are so many elements apart."""
+        signature = types.void(like, *[types.intp] * 4)
+
+        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            e = _Emit(builder, like, lanes)
+
+            def place(base, row, i):  # type: ignore[no-untyped-def]
+                step = builder.mul(row, ir.Constant(_I64, i * e.itemsize))
+                return e.pointer(builder.add(base, step))
+
+            rows = [e.load(place(args[1], args[2], i)) for i in range(lanes)]
+            span = lanes // 2
+            while span:  # swap the off-diagonal blocks of span x span
+                low = [j if not j & span else lanes + j - span for j in range(lanes)]
+                high = [j + span if not j & span else lanes + j for j in range(lanes)]
+                for i in range(lanes):
+                    if not i & span:
+                        a, b = rows[i], rows[i + span]
+                        rows[i], rows[i + span] = e.pick(a, b, low), e.pick(a, b, high)
+                span //= 2
+            for i, row in enumerate(rows):
+                e.store(row, place(args[3], args[4], i))
+            return context.get_dummy_value()
+
+        return signature, codegen
+
+    return transpose
+
+
 blend8, blend16 = _blend(8), _blend(16)
 dots8, dots16 = _dots(8), _dots(16)
 spread8, spread16 = _spread(8), _spread(16)
+transpose8, transpose16 = _transpose(8), _transpose(16)

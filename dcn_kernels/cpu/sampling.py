@@ -1,140 +1,132 @@
 """The one sampler of the CPU kernels: the border rules, and the corners and weights of many positions at once.
 
-The same rules as in reference/sampling.py, branch-free so that LLVM vectorises a loop over positions. A corner that is
-outside the image, or of a sample that does not count, is the pixel `empty` = H*W: the staged image has a pixel of
-zeros there, which is read and written as any other.
+The same rules as in reference/sampling.py. Here a rule is the numbers that a coordinate is compared with, so that one
+loop without branches serves all rules and LLVM makes vectors of it. A corner that is outside the image, or of a
+sample that does not count, is the pixel `empty` = H*W: the staged image has a pixel of zeros there, which is read and
+written as any other.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from numba import types
+from numba.extending import intrinsic
 
-from dcn_kernels.cpu.jit import inner
+from dcn_kernels.cpu.jit import inner, stay_apart
 
-ZEROS, MSRA, EDGE = 0, 1, 2
-BORDERS = {"zeros": ZEROS, "msra": MSRA, "edge": EDGE}
-
-# A rule: coordinate v on an axis of `size` pixels -> (where it samples, whether the sample counts, whether its
-# right-hand derivative is that of the cell). All False for a NaN. `one` and `size` have v's type: a plain 1 would
-# turn float32 arithmetic into float64.
+Limits = tuple[float, float, float, float, float, float]
 
 
-@inner
-def zeros(v, size, one):  # type: ignore[no-untyped-def]
-    """Corners outside the image count as 0 (Eq. 3)."""
-    return v, (v > -one) & (v < size), (v >= -one) & (v < size)
+# A rule on an axis of `size` pixels: the coordinate samples at clip(v, low, high); the sample counts if
+# first <= v <= last; its right-hand derivative is that of the cell if start <= v <= stop. A NaN fails every comparison.
 
 
-@inner
-def msra(v, size, one):  # type: ignore[no-untyped-def]
-    """0 outside the image, clamped within the last pixel."""
-    last = size - one
-    return min(v, last), (v >= one - one) & (v < size), (v >= one - one) & (v < last)
+def zeros(size: int, real: Any) -> Limits:
+    """Corners outside the image count as 0 (Eq. 3): counts if -1 < v < size, moves if -1 <= v < size."""
+    below = np.nextafter(real(size), real(0))
+    return -np.inf, np.inf, np.nextafter(real(-1), real(0)), below, -1, below
 
 
-@inner
-def edge(v, size, one):  # type: ignore[no-untyped-def]
-    """Clamped to the image."""
-    last = size - one
-    return min(max(v, one - one), last), v == v, (v >= one - one) & (v < last)
+def msra(size: int, real: Any) -> Limits:
+    """0 outside the image, clamped within the last pixel: counts if 0 <= v < size, moves if 0 <= v < size - 1."""
+    return -np.inf, size - 1, 0, np.nextafter(real(size), real(0)), 0, np.nextafter(real(size - 1), real(-1))
 
 
-def _cell(rule: Any) -> Any:
-    @inner
-    def cell(y, x, height, width, one):  # type: ignore[no-untyped-def]
-        """The cell of position (y, x): (row, column, fractions, near, counts, moves_y, moves_x, NaN)."""
-        zero = one - one
-        py, counts_y, moves_y = rule(y, height, one)
-        px, counts_x, moves_x = rule(x, width, one)
-        near = (counts_y | moves_y) & (counts_x | moves_x)
-        py = py if near else zero
-        px = px if near else zero
-        y0, x0 = np.floor(py), np.floor(px)
-        return y0, x0, py - y0, px - x0, near, counts_y & counts_x, moves_y & near, moves_x & near, (y != y) | (x != x)
-
-    return cell
+def edge(size: int, real: Any) -> Limits:
+    """Clamped to the image: always counts, moves if 0 <= v < size - 1."""
+    return 0, size - 1, -np.inf, np.inf, 0, np.nextafter(real(size - 1), real(-1))
 
 
-def _table(rule: Any) -> Any:
-    cell = _cell(rule)
-
-    @inner
-    def table(y, x, m, count, height, width, index, weight, start, step):  # type: ignore[no-untyped-def]
-        one = y.dtype.type(1)
-        zero = one - one
-        real_height, real_width = y.dtype.type(height), y.dtype.type(width)
-        empty = np.int32(height * width)
-        for p in range(count):
-            y0, x0, ly, lx, near, counts, _, _, nan = cell(y[p], x[p], real_height, real_width, one)
-            row, column = np.int32(y0), np.int32(x0)
-            top, bottom = near & (row >= 0), near & (row + 1 < height)
-            left, right = column >= 0, column + 1 < width
-            corner = row * width + column
-            index[start + p] = corner if top & left else empty
-            index[start + step + p] = corner + 1 if top & right else empty
-            index[start + 2 * step + p] = corner + width if bottom & left else empty
-            index[start + 3 * step + p] = corner + width + 1 if bottom & right else empty
-            factor = m[p] if counts else zero
-            factor = y[p] + x[p] if nan else factor  # a NaN, also where the mask is 0
-            weight[start + p] = (one - ly) * (one - lx) * factor
-            weight[start + step + p] = (one - ly) * lx * factor
-            weight[start + 2 * step + p] = ly * (one - lx) * factor
-            weight[start + 3 * step + p] = ly * lx * factor
-
-    return table
+BORDERS: dict[str, Callable[[int, Any], Limits]] = {"zeros": zeros, "msra": msra, "edge": edge}
 
 
-def _slopes(rule: Any) -> Any:
-    cell = _cell(rule)
-
-    @inner
-    def slopes(y, x, m, count, height, width, dots, grad_y, grad_x, grad_m):  # type: ignore[no-untyped-def]
-        one = y.dtype.type(1)
-        zero = one - one
-        real_height, real_width = y.dtype.type(height), y.dtype.type(width)
-        for p in range(count):
-            _, _, ly, lx, _, counts, moves_y, moves_x, nan = cell(y[p], x[p], real_height, real_width, one)
-            d00, d01, d10, d11 = dots[4 * p], dots[4 * p + 1], dots[4 * p + 2], dots[4 * p + 3]
-            upper = (one - lx) * d00 + lx * d01
-            lower = (one - lx) * d10 + lx * d11
-            wrong = y[p] + x[p]  # NaN where a coordinate is
-            value = (one - ly) * upper + ly * lower
-            slope_y = m[p] * (lower - upper)
-            slope_x = m[p] * ((one - ly) * (d01 - d00) + ly * (d11 - d10))
-            grad_y[p] = wrong if nan else (slope_y if moves_y else zero)
-            grad_x[p] = wrong if nan else (slope_x if moves_x else zero)
-            grad_m[p] = wrong if nan else (value if counts else zero)
-
-    return slopes
-
-
-_table_zeros, _table_msra, _table_edge = _table(zeros), _table(msra), _table(edge)
-_slopes_zeros, _slopes_msra, _slopes_edge = _slopes(zeros), _slopes(msra), _slopes(edge)
+def limits(border: str, height: int, width: int, real: Any) -> np.ndarray:
+    """The rule's numbers for both axes: (2, 6)."""
+    rule = BORDERS[border]
+    scalar = np.dtype(real).type
+    return np.array([rule(height, scalar), rule(width, scalar)], real)
 
 
 @inner
-def corner_table(border, y, x, m, count, height, width, index, weight, start, step):  # type: ignore[no-untyped-def]
-    """The corners of `count` positions y, x and their weights m G(q, p).
+def _cell(y, x, zero, low_y, high_y, first_y, last_y, start_y, stop_y, low_x, high_x, first_x, last_x, start_x, stop_x):  # type: ignore[no-untyped-def]
+    """The cell of position (y, x): row, column, fractions, and whether it is near, counts, moves with y, with x."""
+    counts_y, counts_x = (first_y <= y) & (y <= last_y), (first_x <= x) & (x <= last_x)
+    moves_y, moves_x = (start_y <= y) & (y <= stop_y), (start_x <= x) & (x <= stop_x)
+    near = (counts_y | moves_y) & (counts_x | moves_x)
+    py = min(max(y, low_y), high_y) if near else zero
+    px = min(max(x, low_x), high_x) if near else zero
+    y0, x0 = np.floor(py), np.floor(px)
+    return y0, x0, py - y0, px - x0, near, counts_y & counts_x, moves_y & near, moves_x & near
 
-    Corner q (00, 01, 10, 11) of position p goes to element start + q*step + p of index and weight. NaN positions
-    get the pixel `empty` and NaN weights.
+
+@intrinsic
+def _pixel(typingctx, row, width, column):  # type: ignore[no-untyped-def]
+    """row * width + column in 32 bits, where Numba would widen to 64: twice as many to a vector."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.add(builder.mul(args[0], args[1]), args[2])
+
+    return types.int32(types.int32, types.int32, types.int32), codegen
+
+
+@inner
+def corner_table(y, x, m, count, height, width, limits, index, weight, row):  # type: ignore[no-untyped-def]
+    """The corners of `count` positions y, x and their weights m G(q, p), as index[row, q, p] and weight[row, q, p].
+
+    Corners q are 00, 01, 10, 11. NaN positions get the pixel `empty` and NaN weights.
     """
-    if border == ZEROS:
-        _table_zeros(y, x, m, count, height, width, index, weight, start, step)
-    elif border == MSRA:
-        _table_msra(y, x, m, count, height, width, index, weight, start, step)
-    else:
-        _table_edge(y, x, m, count, height, width, index, weight, start, step)
+    stay_apart()
+    one = y.dtype.type(1)
+    zero = one - one
+    low_y, high_y, first_y, last_y, start_y, stop_y = limits[0]
+    low_x, high_x, first_x, last_x, start_x, stop_x = limits[1]
+    last_row, last_column = y.dtype.type(height - 1), y.dtype.type(width - 1)
+    empty, down, right = np.int32(height * width), np.int32(width), np.int32(1)
+    both = np.int32(width + 1)
+    for p in range(count):
+        y0, x0, ly, lx, near, counts, _, _ = _cell(
+            y[p], x[p], zero, low_y, high_y, first_y, last_y, start_y, stop_y,
+            low_x, high_x, first_x, last_x, start_x, stop_x,
+        )  # fmt: skip
+        top, bottom = near & (y0 >= zero), near & (y0 < last_row)
+        on_left, on_right = x0 >= zero, x0 < last_column
+        corner = _pixel(np.int32(y0), down, np.int32(x0))
+        index[row, 0, p] = corner if top & on_left else empty
+        index[row, 1, p] = _pixel(right, right, corner) if top & on_right else empty
+        index[row, 2, p] = _pixel(right, down, corner) if bottom & on_left else empty
+        index[row, 3, p] = _pixel(right, both, corner) if bottom & on_right else empty
+        factor = m[p] if counts else zero
+        factor = y[p] + x[p] if (y[p] != y[p]) | (x[p] != x[p]) else factor  # a NaN, also where the mask is 0
+        weight[row, 0, p] = (one - ly) * (one - lx) * factor
+        weight[row, 1, p] = (one - ly) * lx * factor
+        weight[row, 2, p] = ly * (one - lx) * factor
+        weight[row, 3, p] = ly * lx * factor
 
 
 @inner
-def coordinate_gradients(border, y, x, m, count, height, width, dots, grad_y, grad_x, grad_m):  # type: ignore[no-untyped-def]
-    """Gradients of positions and masks from dots[4*p + q] = sum_c g_c x_c(q) over the corners q of position p."""
-    if border == ZEROS:
-        _slopes_zeros(y, x, m, count, height, width, dots, grad_y, grad_x, grad_m)
-    elif border == MSRA:
-        _slopes_msra(y, x, m, count, height, width, dots, grad_y, grad_x, grad_m)
-    else:
-        _slopes_edge(y, x, m, count, height, width, dots, grad_y, grad_x, grad_m)
+def coordinate_gradients(y, x, m, count, limits, dots, grad_y, grad_x, grad_m):  # type: ignore[no-untyped-def]
+    """Gradients of positions and masks from dots[p, q] = sum_c g_c x_c(q) over the corners q of position p."""
+    stay_apart()
+    one = y.dtype.type(1)
+    zero = one - one
+    low_y, high_y, first_y, last_y, start_y, stop_y = limits[0]
+    low_x, high_x, first_x, last_x, start_x, stop_x = limits[1]
+    for p in range(count):
+        _, _, ly, lx, _, counts, moves_y, moves_x = _cell(
+            y[p], x[p], zero, low_y, high_y, first_y, last_y, start_y, stop_y,
+            low_x, high_x, first_x, last_x, start_x, stop_x,
+        )  # fmt: skip
+        d00, d01, d10, d11 = dots[p, 0], dots[p, 1], dots[p, 2], dots[p, 3]
+        upper = (one - lx) * d00 + lx * d01
+        lower = (one - lx) * d10 + lx * d11
+        value = (one - ly) * upper + ly * lower
+        slope_y = m[p] * (lower - upper)
+        slope_x = m[p] * ((one - ly) * (d01 - d00) + ly * (d11 - d10))
+        wrong = (y[p] != y[p]) | (x[p] != x[p])
+        nan = y[p] + x[p]
+        grad_y[p] = nan if wrong else (slope_y if moves_y else zero)
+        grad_x[p] = nan if wrong else (slope_x if moves_x else zero)
+        grad_m[p] = nan if wrong else (value if counts else zero)
