@@ -232,7 +232,26 @@ def ps_roi_pool_backward(
     wrt: Iterable[str] | str | None = None,
     backend: str | None = None,
 ) -> dict[str, Any]:
-    """Gradient of `ps_roi_pool`: a dict with "input", as `roi_pool_backward`.
+    """Gradient of `ps_roi_pool`.
+
+    Parameters
+    ----------
+    grad_output : array (R, C/(G*G), PH, PW)
+        Gradient of the loss with respect to the output, of the input's dtype.
+    wrt : "input" or its list, optional
+        Which gradients to compute; None means all there are.
+
+    Other parameters are those of `ps_roi_pool`.
+
+    Returns
+    -------
+    dict
+        ``{"input": array (N, C, H, W)}``.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `ps_roi_pool`; also where `wrt` names an argument that is absent or has no gradient.
 
     Notes
     -----
@@ -319,7 +338,26 @@ def roi_align_backward(
     wrt: Iterable[str] | str | None = None,
     backend: str | None = None,
 ) -> dict[str, Any]:
-    """Gradient of `roi_align`: a dict with "input", as `roi_pool_backward`.
+    """Gradient of `roi_align`.
+
+    Parameters
+    ----------
+    grad_output : array (R, C, PH, PW)
+        Gradient of the loss with respect to the output, of the input's dtype.
+    wrt : "input" or its list, optional
+        Which gradients to compute; None means all there are.
+
+    Other parameters are those of `roi_align`.
+
+    Returns
+    -------
+    dict
+        ``{"input": array (N, C, H, W)}``.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `roi_align`; also where `wrt` names an argument that is absent or has no gradient.
 
     Examples
     --------
@@ -399,7 +437,26 @@ def ps_roi_align_backward(
     wrt: Iterable[str] | str | None = None,
     backend: str | None = None,
 ) -> dict[str, Any]:
-    """Gradient of `ps_roi_align`: a dict with "input", as `roi_pool_backward`.
+    """Gradient of `ps_roi_align`.
+
+    Parameters
+    ----------
+    grad_output : array (R, C/(PH*PW), PH, PW)
+        Gradient of the loss with respect to the output, of the input's dtype.
+    wrt : "input" or its list, optional
+        Which gradients to compute; None means all there are.
+
+    Other parameters are those of `ps_roi_align`.
+
+    Returns
+    -------
+    dict
+        ``{"input": array (N, C, H, W)}``.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `ps_roi_align`; also where `wrt` names an argument that is absent or has no gradient.
 
     Examples
     --------

@@ -274,6 +274,11 @@ def check_rois(op: str, rois: Any, images: int) -> None:
         raise ValueError(f"{op}: rois: expected batch indices among 0..N-1, N = {images}, got {image[r]} in row {r}")
 
 
+def argmax_error(op: str, pixels: int, got: int) -> ValueError:
+    """The wording of an argmax that is no pixel's."""
+    return ValueError(f"{op}: argmax: expected indices among -1..H*W-1, H*W = {pixels}, got {got}")
+
+
 # ---------------------------------------------------------------- out=
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dcn_kernels.reference.sampling import Corners, corners, sample, scatter
-from dcn_kernels.shapes import accumulator
+from dcn_kernels.shapes import accumulator, argmax_error
 
 FAR = 2.0**100  # pixels: coordinates beyond it are cut to it, so that sizes and bins stay finite
 
@@ -277,7 +277,11 @@ def roi_pool_backward(
         for b in pooled(input, rois, output_size, spatial_scale, max_bins, every_channel):
             if b.number:
                 argmax[b.to] = _first_maximum(input, b)
-    grad = np.zeros((input.shape[0], input.shape[1], input.shape[2] * input.shape[3]))
+    pixels = input.shape[2] * input.shape[3]
+    wrong = argmax[(argmax < -1) | (argmax >= pixels)]
+    if wrong.size:
+        raise argmax_error("roi_pool", pixels, int(wrong[0]))
+    grad = np.zeros((*input.shape[:2], pixels))
     for image, at, values in zip(rois[:, 0].astype(int), argmax, grad_output.astype(np.float64), strict=True):
         for channel in range(input.shape[1]):
             held = at[channel] >= 0

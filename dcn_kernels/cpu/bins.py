@@ -1,0 +1,182 @@
+"""Bins of regions of interest, one axis at a time: which lines of pixels a bin touches, and with what weights.
+
+Every mean over a bin is separable: sum over rows and columns of weight_y * weight_x * x, where a line's weight is the
+sum of the hat functions g of the bin's points on that axis (or 1 for each pixel of a pooled bin), and its slope the
+derivative of that. Along an axis the points of a bin ascend, so the lines come sorted, each once.
+
+Coordinates are computed as reference/roi_pool.py writes them, each product and sum rounded to the type of the RoIs:
+these functions are compiled without any freedom to contract or reorder.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+
+exact = numba.njit(error_model="numpy")
+
+MAX, AVG, POOLED_RFCN, POOLED_TORCHVISION, PAPER, ALIGN, ALIGN_LEGACY, RFCN = range(8)
+
+_FAR = 2.0**100  # as in the reference
+_WHOLE = 2.0**40  # up to here bins of whole pixels are exact in int64; beyond, none of their means is visible
+
+
+@exact
+def half_away(v):  # type: ignore[no-untyped-def]
+    """Round half away from zero."""
+    whole = np.trunc(v)
+    if abs(v - whole) >= 0.5:
+        return whole + np.copysign(type(v)(1), v)
+    return whole
+
+
+@exact
+def scaled(v, scale):  # type: ignore[no-untyped-def]
+    """v * scale, cut to where arithmetic with it cannot overflow."""
+    far = type(v)(_FAR)
+    return min(max(v * scale, -far), far)
+
+
+@exact
+def start_and_size(rule, low, high, scale):  # type: ignore[no-untyped-def]
+    """Where a RoI starts on the map, and how long it is."""
+    real = type(low)
+    one, half = real(1), real(0.5)
+    if rule in (MAX, AVG, PAPER):
+        start = half_away(scaled(low, scale))
+        return start, max(half_away(scaled(high, scale)) - start + one, one)
+    if rule == POOLED_TORCHVISION:
+        start = half_away(scaled(low, scale))
+        return start, max(half_away(scaled(high, scale)) - start, one)
+    if rule == POOLED_RFCN:
+        start, end = scaled(half_away(low), scale), scaled(half_away(high) + one, scale)
+        return start, max(end - start, real(0.1))
+    if rule == RFCN:
+        start, end = scaled(half_away(low), scale) - half, scaled(half_away(high) + one, scale) - half
+        return start, max(end - start, real(0.1))
+    if rule == ALIGN:
+        start, end = scaled(low, scale) - half, scaled(high, scale) - half
+        return start, end - start
+    start = scaled(low, scale)
+    return start, max(scaled(high, scale) - start, one)
+
+
+@exact
+def whole_bin(start, size, bins, i):  # type: ignore[no-untyped-def]
+    """Eq. 5: [start + floor(i w/k), start + ceil((i+1) w/k)), as float64."""
+    if size <= _WHOLE and abs(start) <= _WHOLE:
+        first = np.int64(start) + i * np.int64(size) // bins
+        last = np.int64(start) - (-(i + 1) * np.int64(size) // bins)
+        return np.float64(first), np.float64(last)
+    wide = np.float64(size) / bins
+    return np.float64(start) + np.floor(i * wide), np.float64(start) + np.ceil((i + 1) * wide)
+
+
+@exact
+def pooled_bin(rule, start, size, bins, i, length):  # type: ignore[no-untyped-def]
+    """(first, last, number): the map's pixels of a pooled bin, and how many its mean counts."""
+    real = type(start)
+    limit = np.float64(length)
+    if rule == AVG:
+        first, last = whole_bin(start, size, bins, i)
+        number = last - first
+    else:
+        step, j = size / real(bins), real(i)
+        if rule == POOLED_RFCN:
+            first = np.float64(np.floor(j * step + start))
+            last = np.float64(np.ceil((j + real(1)) * step + start))
+        else:
+            first = np.float64(np.floor(j * step) + start)
+            last = np.float64(np.ceil((j + real(1)) * step) + start)
+        if rule == POOLED_TORCHVISION:
+            limit -= 1
+        number = -1.0
+    top = np.int64(min(max(first, 0.0), limit))
+    bottom = max(np.int64(min(max(last, 0.0), limit)), top)
+    return top, bottom, number if number >= 0 else np.float64(bottom - top)
+
+
+@exact
+def touching(first, spacing, number, length, eps):  # type: ignore[no-untyped-def]
+    """(low, high): the k of low <= k < high are those of 0 <= k < number whose point may touch the map."""
+    if spacing == 0:
+        return 0.0, number
+    one, other = (-1 - first) / spacing, (length - first) / spacing
+    margin = min(2 + 8 * eps * abs(first) / abs(spacing), 100.0)
+    low = min(max(np.floor(min(one, other) - margin), 0.0), number)
+    high = min(max(np.ceil(max(one, other) + margin) + 1, 0.0), number)
+    return low, high
+
+
+@exact
+def add_line(n, line, weight, slope, index, weights, slopes):  # type: ignore[no-untyped-def]
+    """Add to a line's weight and slope; it is one of the last two or a new one. Returns the number of lines."""
+    for at in range(n - 1, max(n - 3, -1), -1):
+        if index[at] == line:
+            weights[at] += weight
+            slopes[at] += slope
+            return n
+    index[n], weights[n], slopes[n] = line, weight, slope
+    return n + 1
+
+
+@exact
+def add_point(n, v, length, weight, slope, index, weights, slopes):  # type: ignore[no-untyped-def]
+    """Add the cell of a clamped coordinate: `weight` 1 or 0 where it counts or not, `slope` 1 or 0 where it moves."""
+    cell = np.floor(v)
+    line, l = np.int64(cell), v - cell
+    if line >= 0:
+        n = add_line(n, line, (type(v)(1) - l) * weight, -slope, index, weights, slopes)
+    if line + 1 < length:
+        n = add_line(n, line + 1, l * weight, slope, index, weights, slopes)
+    return n
+
+
+@exact
+def lines(rule, ratio, start, size, bins, i, shift, length, index, weights, slopes):  # type: ignore[no-untyped-def]
+    """The lines of pixels that bin i touches, into index, weights and slopes: (how many, its points or pixels).
+
+    `shift` moves the bin's points; it is not NaN.
+    """
+    real = type(start)
+    n, zero, one = 0, real(0), real(1)
+    last = real(length - 1)
+    if rule in (AVG, POOLED_RFCN, POOLED_TORCHVISION):
+        top, bottom, number = pooled_bin(rule, start, size, bins, i, length)
+        for line in range(top, bottom):
+            index[n], weights[n], slopes[n] = line, one, zero
+            n += 1
+        return n, number
+    eps = np.float64(np.finfo(start).eps)
+    if rule == PAPER:  # every pixel, moved; border "zeros"
+        first, end = whole_bin(start, size, bins, i)
+        low, high = touching(first + np.float64(shift), 1.0, end - first, length, eps)
+        for j in range(np.int64(high - low)):
+            v = real(first + (low + j)) + shift
+            if v >= -1 and v < length:
+                n = add_point(n, v, length, one if v > -1 else zero, one, index, weights, slopes)
+        return n, end - first
+    step = size / real(bins)
+    base = (real(i) * step + start) + shift
+    if rule == RFCN:  # border psroi
+        sub, number = step / real(ratio), 0.0
+        half = real(0.5)
+        for k in range(ratio):
+            v = base + real(k) * sub
+            if v >= -half and v <= real(length) - half:
+                number += 1
+                moves = one if v > 0 and v < last and v != np.floor(v) else zero
+                n = add_point(n, min(max(v, zero), last), length, one, moves, index, weights, slopes)
+        return n, number
+    number = np.float64(ratio) if ratio > 0 else max(np.float64(np.ceil(step)), 0.0)
+    if number == 0:
+        return n, number
+    spacing = np.float64(step) / number
+    low, high = touching(np.float64(base) + 0.5 * spacing, spacing, number, length, eps)
+    for j in range(np.int64(high - low)):
+        k = low + j if spacing >= 0 else high - 1 - j  # ascending
+        v = base + ((real(k) + real(0.5)) * step) / real(number)
+        if v >= -1 and v <= length:
+            moves = one if v >= 0 and v < last else zero
+            n = add_point(n, min(max(v, zero), last), length, one, moves, index, weights, slopes)
+    return n, number
