@@ -12,6 +12,7 @@ import pytest
 from hypothesis import settings
 
 import dcn_kernels
+from dcn_kernels.environment import why_not
 from dcn_kernels.gradcheck import BACKENDS, relative_error, to_backend, to_numpy, tolerance
 from dcn_kernels.op import Op, Sample
 from dcn_kernels.shapes import DTYPES
@@ -72,19 +73,9 @@ def first_cases() -> list[Any]:
     ]
 
 
-def why_not(name: str) -> str | None:
-    """Why a backend cannot run here. `reference` and `cpu` always can: where they do not, that is a failure."""
-    if name != "cuda":
-        return None
-    if find_spec("cupy") is None:
-        return "cuda: CuPy is not installed"
-    import cupy
-
-    return None if cupy.is_available() else "cuda: no GPU that CuPy can use"
-
-
-# One test says which backends are left out here, and why (test_ops.py); the others leave them out without a word.
-RUNNING = [name for name in BACKENDS if why_not(name) is None]
+# test_ops.py says which backends are left out here, and why; the others leave them out without a word. `reference` and
+# `cpu` always run: where they do not, that is a failure.
+RUNNING = [name for name in BACKENDS if name != "cuda" or not why_not(name)]
 
 
 @pytest.fixture(params=RUNNING)
