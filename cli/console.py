@@ -93,7 +93,12 @@ def progress(title: str) -> Iterator[Callable[[str, int, int], None]]:
 
 
 def write(path: str, text: str) -> None:
-    """Write a file as a whole: what was there stays until the new text is complete."""
+    """Write a text file as a whole."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str, content: bytes) -> None:
+    """Write a file as a whole: what was there stays until the new content is complete."""
     target = Path(path)
     try:
         if target.is_dir():
@@ -101,8 +106,8 @@ def write(path: str, text: str) -> None:
         mode = target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask()
         handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
             os.chmod(temporary, mode)
             os.replace(temporary, target)
         except BaseException:

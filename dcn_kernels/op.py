@@ -51,7 +51,7 @@ class Op:
     saved: dict[str, str] = field(default_factory=dict)  # int64 arrays of the forward that the backward may take
 
     kinks: Callable[[int], list[Sample]] | None = None  # seed -> cases on the kinks, with the documented gradients
-    part: Callable[[Sample, int, int], tuple[Sample, Any]] | None = None  # (layer's sample, count, seed) -> see samples
+    part: Callable[[Sample, int, int], tuple[Sample, dict[str, Any]]] | None = None  # some elements of a layer, alone
 
     def __repr__(self) -> str:
         return f"Op({self.name!r})"

@@ -135,7 +135,7 @@ def slopes_on_lines(image: np.ndarray, border: str, y: np.ndarray, x: np.ndarray
 
 
 def deform_conv2d_kinks(seed: int) -> list[Sample]:
-    """One channel through a kernel of weights 1, every tap on a pixel line: offset 0 with padding 1, and whole offsets."""
+    """One channel through weights of 1, every tap on a pixel line: offset 0 with padding 1, and whole offsets."""
     from dcn_kernels.op import Sample
 
     rng, cases = np.random.default_rng(seed), []
@@ -172,17 +172,17 @@ def offset_sample2d_kinks(seed: int) -> list[Sample]:
     return cases
 
 
-def deform_conv2d_part(sample: Sample, count: int, seed: int) -> tuple[Sample, Any]:
-    """`count` output positions of one image as a call of their own, for the reference, and their index in the output.
+def deform_conv2d_part(sample: Sample, count: int, seed: int) -> tuple[Sample, dict[str, Any]]:
+    """`count` output positions of one image as a call of their own, for the reference, and where its results belong.
 
     The way from the first position to each of them is added to its offset, so the call is a row of `count` positions.
-    Its result is ``output[index]``, and where grad_output is 0 elsewhere its gradients of all other arguments are
-    those of the whole; `index` also says where those of offset and mask belong.
+    Its result is ``output[index["output"]]``; where grad_output is 0 elsewhere, the whole's gradient of an argument is
+    this call's at ``index[argument]`` and 0 elsewhere, and equal to it where `index` does not name the argument.
     """
     from dcn_kernels.op import Sample
 
     rng, offset = np.random.default_rng(seed), sample.arrays["offset"]
-    N, channels, OH, OW = offset.shape
+    N, _, OH, OW = offset.shape
     n = int(rng.integers(N))
     flat = np.sort(rng.choice(OH * OW, min(count, OH * OW), replace=False))
     oy, ox = np.divmod(flat, OW)
@@ -193,15 +193,20 @@ def deform_conv2d_part(sample: Sample, count: int, seed: int) -> tuple[Sample, A
     arrays = {**sample.arrays, "input": sample.arrays["input"][n : n + 1], "offset": moved[None, :, None]}
     if "mask" in arrays:
         arrays["mask"] = arrays["mask"][n][:, oy, ox][None, :, None]
-    return Sample(arrays, sample.params, sample.label), (slice(n, n + 1), slice(None), oy, ox)
+    here = (slice(n, n + 1), slice(None), oy, ox)
+    index = {"output": here, "offset": here, "mask": here, "input": (slice(n, n + 1),)}
+    return Sample(arrays, sample.params, sample.label), index
 
 
 def layer_offsets(rng: np.random.Generator, shape: tuple[int, ...], offsets: str, spread: float) -> np.ndarray:
-    """Offsets (N, channels, OH, OW) for timing: "zero", "random" (independent) or "smooth" (wanders slowly)."""
+    """Offsets (N, channels, OH, OW) for timing: "zero", "random" (independent) or "smooth" (wanders slowly).
+
+    In 1/64 pixels, so that positions in a large image are exact in float32 and every backend looks into the same cell.
+    """
     if offsets == "zero":
         return np.zeros(shape)
     if offsets == "random":
-        return rng.standard_normal(shape) * spread
+        return np.round(rng.standard_normal(shape) * (64 * spread)) / 64
     if offsets != "smooth":
         raise ValueError(f"offsets: expected 'zero', 'smooth' or 'random', got {offsets!r}")
     coarse = rng.standard_normal((*shape[:2], shape[2] // 8 + 2, shape[3] // 8 + 2)) * spread
@@ -210,7 +215,7 @@ def layer_offsets(rng: np.random.Generator, shape: tuple[int, ...], offsets: str
     ly, lx = (rows - y0)[:, None], columns - x0
     top = coarse[:, :, y0][..., x0] * (1 - lx) + coarse[:, :, y0][..., x0 + 1] * lx
     bottom = coarse[:, :, y0 + 1][..., x0] * (1 - lx) + coarse[:, :, y0 + 1][..., x0 + 1] * lx
-    return top * (1 - ly) + bottom * ly
+    return np.round((top * (1 - ly) + bottom * ly) * 64) / 64
 
 
 def deform_conv2d_layer(

@@ -1,0 +1,430 @@
+"""`dcn-bench`: time the operators, compare records, show what there is to compute with."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+from dcn_kernels.cli import console
+
+BACKENDS = ("reference", "cpu", "cuda")
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+RESULTS = "bench_results"
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="dcn-kernels")
+def main() -> None:
+    """Time the operators on the layer shapes of published networks. Results go to stdout, progress to stderr.
+
+    Exit codes: 0 done, 1 a result was wrong or too slow, 2 wrong usage, 3 a backend that was asked for is not
+    available, 130 interrupted (what was measured is kept).
+
+    \b
+    Examples:
+      dcn-bench profile
+      dcn-bench profile --layer A --against torchvision=/path/to/python --output a.json
+      dcn-bench compare old.json new.json
+      dcn-bench plot a.json -o a.png
+      eval "$(_DCN_BENCH_COMPLETE=bash_source dcn-bench)"   # completion (also zsh_source, fish_source)
+    """
+
+
+@main.command()
+@click.option("--layer", "names", multiple=True, metavar="NAME", help="Named layer; repeatable (see dcn-bench layers).")
+@click.option("--list", "only_list", is_flag=True, help="List what would be run, and stop.")
+@click.option("--filter", "pattern", metavar="REGEX", help="Only layers whose name matches.")
+@click.option("--shape", metavar="SIZES", help="A layer of your own, such as C=64,H=56,W=56,O=64,kernel=3x3.")
+@click.option("--shapes", "toml", metavar="FILE", help="Layers of a TOML file: tables [layers.NAME].")
+@click.option("--op", "ops", multiple=True, metavar="NAME", help="Only this operator; repeatable. Of --shape: its.")
+@click.option("--direction", "directions", multiple=True, type=click.Choice(["forward", "backward"]))
+@click.option(
+    "--backend", "backends", multiple=True, type=click.Choice(BACKENDS), help="Default: cuda if any, else cpu."
+)
+@click.option("--dtype", "dtypes", multiple=True, type=click.Choice(DTYPES), help="Default: float32.")
+@click.option("--threads", type=click.IntRange(1), multiple=True, help="Of the CPU backend and peers; repeatable.")
+@click.option(
+    "--offsets",
+    multiple=True,
+    type=click.Choice(["zero", "smooth", "random"]),
+    help="How sampling points wander; repeatable. Default: smooth and random.",
+)
+@click.option("--seed", default=0, show_default=True)
+@click.option(
+    "--budget", default=0.5, show_default=True, type=click.FloatRange(0, min_open=True), help="Seconds a row."
+)
+@click.option("--against", "peers", multiple=True, metavar="NAME[=PYTHON]", help="A peer library; repeatable.")
+@click.option("--json", "shape_of_output", flag_value="json", help="Print only the record.")
+@click.option("--csv", "shape_of_output", flag_value="csv", help="Print only CSV.")
+@click.option("--markdown", "shape_of_output", flag_value="md", help="Print only Markdown.")
+@click.option("--output", metavar="FILE", help="Save to FILE (.json, .csv or .md) in place of bench_results/.")
+@click.option("--no-save", is_flag=True, help="Save no record where there is no --output.")
+def profile(
+    names: tuple[str, ...],
+    only_list: bool,
+    pattern: str | None,
+    shape: str | None,
+    toml: str | None,
+    ops: tuple[str, ...],
+    directions: tuple[str, ...],
+    backends: tuple[str, ...],
+    dtypes: tuple[str, ...],
+    threads: tuple[int, ...],
+    offsets: tuple[str, ...],
+    seed: int,
+    budget: float,
+    peers: tuple[str, ...],
+    shape_of_output: str | None,
+    output: str | None,
+    no_save: bool,
+) -> None:
+    """Check and time operators on layer shapes; the record goes to bench_results/ or to --output.
+
+    Every result is compared with the reference before it is timed. A peer runs in a process of its own, in the
+    interpreter given, on the same arrays, in rounds between ours; peers: torchvision, torch (plain conv2d),
+    onnxruntime, openvino; mmcv, paddle, mxnet and tvdcn are written for but were not tried.
+
+    \b
+    Examples:
+      dcn-bench profile
+      dcn-bench profile --layer A --layer D --direction forward --threads 1 --threads 2
+      dcn-bench profile --shape N=1,C=64,H=56,W=56,O=64,kernel=3x3,padding=1 --offsets zero
+      dcn-bench profile --against torchvision=/path/to/venv/bin/python --against torch=/path/to/venv/bin/python
+      dcn-bench profile --filter '^resnet' --csv --no-save > rows.csv
+    """
+    from dcn_kernels import layers, profiling, record
+    from dcn_kernels.environment import available, blas, why_not
+
+    chosen = _chosen_layers(names, pattern, shape, toml, ops)
+    if only_list:
+        _list_layers(chosen)
+        return
+    if output and Path(output).suffix not in record.FORMATS:
+        console.fail(f"--output: expected a name that ends in {', '.join(record.FORMATS)}, got {output!r}")
+    if output:
+        console.check_writable(output)
+    for backend in backends:
+        reason = why_not(backend)
+        if reason:
+            console.fail(f"backend {backend} is not available: {reason}", console.UNAVAILABLE)
+    backends = backends or (("cuda",) if "cuda" in available() else ("cpu",))
+    if why_not(backends[0]):
+        console.fail(f"backend {backends[0]} is not available: {why_not(backends[0])}", console.UNAVAILABLE)
+    for layer_name, layer in chosen.items():
+        try:
+            profiling.make_inputs(layers.cut(layer, channels=False), "zero", "float32", seed)
+        except ValueError as error:
+            console.fail(f"layer {layer_name}: {error}")
+    rows: list[dict[str, Any]] = []
+    versions: dict[str, str] = {}
+    interrupted = False
+    failure = ""
+    settings = profiling.Settings()
+    for count in threads or (None,):
+        settings = profiling.Settings(
+            directions or profiling.DIRECTIONS, dtypes or ("float32",), backends, offsets or ("smooth", "random"),
+            count, seed, budget,
+        )  # fmt: skip
+        with console.progress("profile") as report, _running(peers, count, versions) as running:
+            try:
+                for row in profiling.profile(chosen, settings, running, report, console.warn):
+                    rows.append(row)
+            except KeyboardInterrupt:
+                interrupted = True
+            except profiling.Mismatch as error:
+                failure = str(error)
+        if interrupted or failure:
+            break
+    stated = {**asdict(settings), "threads": list(threads) or [row["threads"] for row in rows[:1]], "blas": blas()}
+    if rows:
+        _finish_profile(record.make(rows, stated, versions), shape_of_output, output, no_save)
+    if interrupted:
+        console.warn("interrupted: what was measured until then is kept")
+        raise SystemExit(console.INTERRUPTED)
+    if failure:
+        console.fail(f"wrong result, not timed: {failure}", console.FAILED)
+    if not rows:
+        console.fail("nothing was measured", console.FAILED)
+
+
+def _chosen_layers(
+    names: tuple[str, ...], pattern: str | None, shape: str | None, toml: str | None, ops: tuple[str, ...]
+) -> dict[str, Any]:
+    from dcn_kernels import layers
+    from dcn_kernels.registry import OPS
+
+    for op in ops:
+        if op not in OPS:
+            console.fail(f"--op: no operator {op!r}; there are: {', '.join(OPS)}")
+    chosen: dict[str, Any] = {}
+    known = dict(layers.LAYERS)
+    try:
+        if toml:
+            known = layers.read_toml(toml)
+            chosen = dict(known)
+        if shape:
+            chosen["shape"] = layers.parse(ops[0] if ops else "deform_conv2d", shape)
+    except ValueError as error:
+        console.fail(f"{'--shapes ' + toml if toml else '--shape'}: {error}")
+    except OSError as error:
+        console.fail(f"--shapes: cannot read {toml}: {error.strerror}")
+    for name in names:
+        if name not in known:
+            console.fail(f"--layer: no layer {name!r}; there are: {', '.join(known)}")
+        chosen[name] = known[name]
+    if not chosen:
+        names = tuple(known) if pattern or ops else layers.DEFAULT_SET
+        chosen = {name: known[name] for name in names if known[name]["op"] in OPS}
+    for name, layer in chosen.items():
+        if layer["op"] not in OPS:
+            console.fail(f"layer {name}: no operator {layer['op']!r}; there are: {', '.join(OPS)}")
+    try:
+        matches = re.compile(pattern or "")
+    except re.error as error:
+        console.fail(f"--filter: not a regular expression: {error}")
+    kept = {n: layer for n, layer in chosen.items() if matches.search(n) and (not ops or layer["op"] in ops)}
+    if not kept:
+        console.fail("no layer is left to run")
+    return kept
+
+
+class _running:
+    """Start the peers that there are; name the missing ones; end all of them."""
+
+    def __init__(self, specs: Iterable[str], threads: int | None, versions: dict[str, str]) -> None:
+        self.specs, self.threads, self.versions = specs, threads, versions
+        self.peers: list[Any] = []
+
+    def __enter__(self) -> list[Any]:
+        from dcn_kernels.environment import threads
+        from dcn_kernels.peers import Peer, PeerError
+
+        for spec in self.specs:
+            try:
+                peer = Peer(spec)
+            except ValueError as error:
+                console.fail(f"--against: {error}")
+            try:
+                peer.start(self.threads or threads())
+            except PeerError as error:
+                console.warn(f"{peer.name} is left out: {error}")
+                continue
+            if not peer.tested:
+                console.warn(f"{peer.name}: written for, but never tried by this project")
+            self.versions[peer.name] = peer.version
+            self.peers.append(peer)
+        return self.peers
+
+    def __exit__(self, *_: object) -> None:
+        for peer in self.peers:
+            peer.close()
+
+
+def _finish_profile(found: dict[str, Any], shape_of_output: str | None, output: str | None, no_save: bool) -> None:
+    from dcn_kernels import record
+
+    path = output
+    if not output and not no_save:
+        Path(RESULTS).mkdir(exist_ok=True)
+        where = "gpu" if "cuda" in found["settings"]["backends"] else "cpu"
+        path = str(Path(RESULTS) / f"{found['created'][:19].replace(':', '')}-{where}.json")
+    if shape_of_output:
+        console.say(record.FORMATS[f".{shape_of_output}"](found).rstrip("\n"))
+    else:
+        columns, rows, right = record.cells(found)
+        console.table(record.caption(found), columns, rows, right)
+    if path:
+        console.write(path, record.FORMATS[Path(path).suffix](found))
+        console.note(f"saved {path}")
+
+
+def _list_layers(chosen: dict[str, Any]) -> None:
+    from dcn_kernels import layers
+
+    rows = [
+        [name, layer["op"], layers.shown(layer), f"{layer['spread']:g}", layer["source"]]
+        for name, layer in chosen.items()
+    ]
+    console.table("", ["layer", "operator", "sizes", "spread", "source"], rows, right=["spread"])
+
+
+@main.command("layers")
+@click.option("--json", "as_json", is_flag=True, help="Print only JSON.")
+def layers_command(as_json: bool) -> None:
+    """List the named layers with their sizes and how far their offsets reach.
+
+    \b
+    Examples:
+      dcn-bench layers
+      dcn-bench layers --json
+    """
+    from dcn_kernels import layers
+    from dcn_kernels.registry import OPS
+
+    known = {name: layer for name, layer in layers.LAYERS.items() if layer["op"] in OPS}
+    if as_json:
+        shown = {name: {k: v for k, v in layer.items() if k != "given"} for name, layer in known.items()}
+        console.say(json.dumps(shown, indent=1))
+    else:
+        _list_layers(known)
+
+
+@main.command("env")
+@click.option("--json", "as_json", is_flag=True, help="Print only JSON.")
+def env_command(as_json: bool) -> None:
+    """Show what is installed, which backends work and why not, threads, the BLAS, and what could be faster.
+
+    \b
+    Examples:
+      dcn-bench env
+      dcn-bench env --json
+    """
+    from dcn_kernels import environment, peers
+
+    commit, dirty = environment.commit()
+    found = {
+        "device": environment.device(),
+        "versions": environment.versions(),
+        "commit": commit,
+        "dirty": dirty,
+        "backends": {backend: environment.why_not(backend) or "available" for backend in BACKENDS},
+        "threads": environment.threads(),
+        "cores": environment.cores(),
+        "blas": environment.blas(),
+        "peers": {name: hint + ("" if tried else "  (never tried)") for name, (hint, tried) in peers.PEERS.items()},
+        "hints": environment.hints(),
+    }
+    if as_json:
+        console.say(json.dumps(found, indent=1))
+        return
+    rows = []
+    for section, value in found.items():
+        if isinstance(value, dict):
+            rows += [[section, name, str(entry)] for name, entry in value.items()]
+        elif isinstance(value, list):
+            rows += [[section, "", str(entry)] for entry in value]
+        else:
+            rows.append([section, "", str(value)])
+    console.table("", ["", "what", "found"], rows)
+
+
+@main.command()
+@click.argument("old")
+@click.argument("new")
+@click.option("--fail-above", type=click.FloatRange(0, min_open=True), metavar="RATIO", help="Exit 1 above new/old.")
+@click.option("--json", "as_json", is_flag=True, help="Print only JSON.")
+def compare(old: str, new: str, fail_above: float | None, as_json: bool) -> None:
+    """Compare two records row by row: faster, slower, same or unsure, from the samples' spread.
+
+    The interval is a 95 % bootstrap interval of the ratio of medians; "same" lies within 3 % of 1. With --fail-above
+    a row fails where it is slower and its ratio is above RATIO.
+
+    \b
+    Examples:
+      dcn-bench compare old.json new.json
+      dcn-bench compare old.json new.json --fail-above 1.1
+    """
+    from dcn_kernels import record
+
+    before, after = _read(old), _read(new)
+    rows, warnings = record.compare(before, after)
+    for message in warnings:
+        console.warn(message)
+    if not rows:
+        console.fail("the records have no row in common", console.FAILED)
+    failed = [row for row in rows if fail_above and row["verdict"] == "slower" and row["ratio"] > fail_above]
+    if as_json:
+        console.say(json.dumps({"rows": rows, "warnings": warnings, "failed": len(failed)}, indent=1))
+    else:
+        columns = [
+            "layer",
+            "op",
+            "direction",
+            "offsets",
+            "dtype",
+            "backend",
+            "old ms",
+            "new ms",
+            "ratio",
+            "95 %",
+            "verdict",
+        ]
+        cells = [
+            [*(row[field] for field in columns[:6]), console.number(row["old_ms"]), console.number(row["new_ms"]),
+             f"{row['ratio']:.3f}", "{:.3f}-{:.3f}".format(*row["interval"]), row["verdict"]]
+            for row in rows
+        ]  # fmt: skip
+        console.table("", columns, cells, right=["old ms", "new ms", "ratio", "95 %"])
+    if failed:
+        console.fail(f"{len(failed)} rows are slower by more than {fail_above:g}", console.FAILED)
+
+
+def _read(path: str) -> dict[str, Any]:
+    from dcn_kernels import record
+
+    try:
+        found = record.read(path)
+    except record.BadRecord as error:
+        console.fail(str(error))
+    return found
+
+
+@main.command()
+@click.argument("records", nargs=-1, required=True)
+@click.option("-o", "--output", required=True, metavar="FILE.png", help="Picture to write (.png, .svg or .pdf).")
+@click.option(
+    "--what",
+    type=click.Choice(["speed", "memory", "scaling"]),
+    default="speed",
+    show_default=True,
+    help="Time by layer beside the peers, temporary memory by layer, or time by threads.",
+)
+def plot(records: tuple[str, ...], output: str, what: str) -> None:
+    """Draw records (needs matplotlib: pip install 'dcn-kernels[plot]').
+
+    \b
+    Examples:
+      dcn-bench plot run.json -o speed.png
+      dcn-bench plot run.json -o memory.png --what memory
+      dcn-bench plot one.json two.json -o scaling.svg --what scaling
+    """
+    import importlib.util
+
+    if Path(output).suffix not in (".png", ".svg", ".pdf"):
+        console.fail(f"--output: expected a name that ends in .png, .svg, .pdf, got {output!r}")
+    console.check_writable(output)
+    read = {Path(path).stem: _read(path) for path in records}
+    if importlib.util.find_spec("matplotlib") is None:
+        console.fail("plot needs matplotlib: pip install 'dcn-kernels[plot]'")
+    from dcn_kernels import plots
+
+    try:
+        picture = plots.draw(read, what, Path(output).suffix[1:])
+    except ValueError as error:
+        console.fail(str(error))
+    console.write_bytes(output, picture)
+    console.note(f"saved {output}")
+
+
+@main.command()
+@click.option("--folder", default=RESULTS, show_default=True)
+def readme(folder: str) -> None:
+    """Write README.md of a folder of records from the records in it.
+
+    \b
+    Example:
+      dcn-bench readme
+    """
+    from dcn_kernels import record
+
+    records = {path.name: _read(str(path)) for path in sorted(Path(folder).glob("*.json"))}
+    if not records:
+        console.fail(f"no records in {folder}")
+    path = str(Path(folder) / "README.md")
+    console.write(path, record.readme(records))
+    console.note(f"saved {path}")

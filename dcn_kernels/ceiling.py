@@ -1,0 +1,107 @@
+"""How fast this machine multiplies matrices and copies memory: a process of its own, so that it may choose its BLAS.
+
+Run as a script with a JSON request as the only argument; the answer is JSON on stdout. OpenBLAS reads its number of
+threads and its kernels from the environment when it is loaded, hence the process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from functools import lru_cache
+from typing import Any
+
+Shape = tuple[int, int, int, int]  # (how many, m, k, n): `how many` products of (m, k) and (k, n)
+
+
+@lru_cache
+def rates(threads: int, dtype: str) -> dict[str, float]:
+    """This machine's rates with so many threads: ``gflops`` of a square float32 or float64 matrix product,
+    ``gbytes_s`` of a copy (bytes read and written)."""
+    answers = _ask(threads, {"dtype": dtype})
+    return {name: max(answer[name] for answer in answers) for name in ("gflops", "gbytes_s")}
+
+
+@lru_cache
+def products(threads: int, dtype: str, shapes: tuple[Shape, ...]) -> list[float]:
+    """Milliseconds of matrix products of the given shapes."""
+    if not shapes:
+        return []
+    answers = _ask(threads, {"dtype": dtype, "shapes": shapes})
+    return [min(times) for times in zip(*(answer["products_ms"] for answer in answers), strict=True)]
+
+
+def _ask(threads: int, request: dict[str, Any]) -> list[dict[str, Any]]:
+    environment = dict(os.environ)
+    for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        environment[name] = str(threads)
+    answers = []
+    for kernels in _kernels(environment):
+        run = subprocess.run(
+            [sys.executable, "-I", __file__, json.dumps({"threads": threads, **request})],
+            env={**environment, **kernels},
+            capture_output=True,
+            text=True,
+        )
+        if run.returncode == 0:
+            answers.append(json.loads(run.stdout))
+    if not answers:
+        raise RuntimeError(f"could not measure this machine's rates: {run.stderr.strip()}")
+    return answers
+
+
+def _kernels(environment: dict[str, str]) -> list[dict[str, str]]:
+    """The environments to try: OpenBLAS does not always choose the kernels that are fastest."""
+    from dcn_kernels.environment import device
+
+    if device()["vectors"] == "avx512f" and "OPENBLAS_CORETYPE" not in environment:
+        return [{}, {"OPENBLAS_CORETYPE": "SkylakeX"}]
+    return [{}]
+
+
+def main() -> None:
+    """Measure what the request asks for."""
+    from concurrent.futures import ThreadPoolExecutor
+    from time import perf_counter
+
+    import numpy as np
+
+    request = json.loads(sys.argv[1])
+    rng = np.random.default_rng(0)
+
+    def best(run: Any, seconds: float) -> float:
+        run()
+        times: list[float] = []
+        end = perf_counter() + seconds
+        while len(times) < 3 or perf_counter() < end:
+            start = perf_counter()
+            run()
+            times.append(perf_counter() - start)
+        return min(times)
+
+    def product(m: int, k: int, n: int, seconds: float) -> float:
+        a, b = (rng.standard_normal(shape, np.float32).astype(request["dtype"]) for shape in ((m, k), (k, n)))
+        c = np.empty((m, n), request["dtype"])
+        return best(lambda: np.matmul(a, b, out=c), seconds)
+
+    def copy(threads: int) -> float:
+        source = np.ones(1 << 24, np.float32)
+        target = np.empty_like(source)
+        parts = list(zip(np.array_split(target, threads), np.array_split(source, threads), strict=True))
+        with ThreadPoolExecutor(threads) as pool:
+            seconds = best(lambda: list(pool.map(lambda part: np.copyto(*part), parts)), 0.2)
+        return 2 * source.nbytes / seconds / 1e9
+
+    answer: dict[str, Any]
+    if "shapes" in request:
+        answer = {"products_ms": [1e3 * many * product(m, k, n, 0.1) for many, m, k, n in request["shapes"]]}
+    else:
+        size = 1536
+        answer = {"gflops": 2 * size**3 / product(size, size, size, 0.3) / 1e9, "gbytes_s": copy(request["threads"])}
+    sys.stdout.write(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main()

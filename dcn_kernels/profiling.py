@@ -1,0 +1,433 @@
+"""Timing: one row per layer, offsets, direction, dtype and backend, checked before it is timed.
+
+A row's result is compared with the reference twice: on the same options with sizes cut, and at full size on some
+elements of the output and of each gradient. Rounds of ours and of the peers are interleaved, so that what disturbs
+the machine disturbs all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from dcn_kernels import ceiling, environment, gradcheck, layers, shapes
+from dcn_kernels.op import Op, Sample, call, function
+from dcn_kernels.peers import Peer, PeerError
+from dcn_kernels.registry import OPS
+
+DIRECTIONS = ("forward", "backward")
+OFFSETS = ("zero", "smooth", "random")
+_LEAST_ROUNDS, _MOST_SAMPLES = 5, 200
+_SPOTS = 32  # output positions (or RoIs: 4) whose results are compared at full size
+NOISY = 0.25  # interquartile range over median above which a row is called noisy
+
+RowDict = dict[str, Any]
+
+
+class Mismatch(RuntimeError):
+    """A result that is about to be timed is wrong."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `profile` runs."""
+
+    directions: tuple[str, ...] = DIRECTIONS
+    dtypes: tuple[str, ...] = ("float32",)
+    backends: tuple[str, ...] = ("cpu",)
+    offsets: tuple[str, ...] = ("smooth", "random")
+    threads: int | None = None
+    seed: int = 0
+    budget: float = 0.5  # seconds of timing a row, for us and for each peer
+
+
+# ---------------------------------------------------------------- clocks
+
+
+class CpuClock:
+    """Times and memory of calls that are done when they return."""
+
+    def milliseconds(self, run: Callable[[], Any]) -> float:
+        """Of one call."""
+        start = perf_counter()
+        run()
+        return 1e3 * (perf_counter() - start)
+
+    def temporary_bytes(self, run: Callable[[], Any]) -> int | None:
+        """What one call allocates besides its results."""
+        if environment.why_not("cpu"):
+            return None
+        from dcn_kernels.cpu.workspace import track
+
+        with track() as tracked:
+            run()
+        return tracked.peak_bytes
+
+
+class CudaClock:
+    """Times by CUDA events on CuPy's current stream, memory by what its pool holds."""
+
+    def milliseconds(self, run: Callable[[], Any]) -> float:
+        import cupy
+
+        start, end = cupy.cuda.Event(), cupy.cuda.Event()
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return float(cupy.cuda.get_elapsed_time(start, end))
+
+    def temporary_bytes(self, run: Callable[[], Any]) -> int | None:
+        """Growth of the pool of an emptied allocator, less the results."""
+        import cupy
+
+        pool = cupy.get_default_memory_pool()
+        pool.free_all_blocks()
+        before = pool.total_bytes()
+        result = run()
+        cupy.cuda.get_current_stream().synchronize()
+        results = result.values() if isinstance(result, dict) else [result]
+        return max(0, pool.total_bytes() - before - sum(array.nbytes for array in results))
+
+
+def clock(backend: str) -> CpuClock | CudaClock:
+    """The clock of a backend."""
+    return CudaClock() if backend == "cuda" else CpuClock()
+
+
+@contextmanager
+def threads_set(threads: int | None) -> Iterator[int]:
+    """Within, the CPU backend uses so many threads; yields how many that is."""
+    if environment.why_not("cpu"):
+        yield threads or environment.cores()
+        return
+    from dcn_kernels.cpu.threads import get_num_threads, set_num_threads
+
+    if threads is None:
+        yield get_num_threads()
+        return
+    set_num_threads(threads)
+    try:
+        yield threads
+    finally:
+        set_num_threads(None)
+
+
+# ---------------------------------------------------------------- inputs
+
+
+@dataclass
+class Inputs:
+    """A layer's arrays in a dtype."""
+
+    op: Op
+    sample: Sample
+    grad_output: np.ndarray
+    sizes: dict[str, int]
+    shape: tuple[int, ...]
+
+
+def make_inputs(layer: layers.Layer, offsets: str, dtype: str, seed: int) -> Inputs:
+    """The arrays of a layer; ValueError where its sizes do not fit each other."""
+    op = OPS[layer["op"]]
+    try:
+        sample = op.layer_sample(layer, offsets=offsets, spread=layer["spread"], seed=seed)
+    except KeyError as missing:
+        raise ValueError(f"{op.name}: the layer needs the size {missing}") from None
+    storage = shapes.DTYPES[dtype]
+    sample = dataclasses.replace(sample, arrays={name: a.astype(storage) for name, a in sample.arrays.items()})
+    sizes, shape = gradcheck.output_shape(op, sample)
+    grad_output = np.random.default_rng([seed, 1]).standard_normal(shape, np.float32).astype(storage)
+    return Inputs(op, sample, grad_output, sizes, shape)
+
+
+def runner(inputs: Inputs, direction: str, backend: str) -> Callable[[], Any]:
+    """A function of no arguments that runs one call; the arrays are on the backend's device already."""
+    op, params = inputs.op, inputs.sample.params
+    arrays = {**dict.fromkeys(op.arrays), **gradcheck.to_backend(backend, inputs.sample.arrays)}
+    if direction == "backward":
+        arrays = {"grad_output": gradcheck.to_backend(backend, {"g": inputs.grad_output})["g"], **arrays}
+    return lambda: call(op, direction, arrays, params, backend=backend)
+
+
+# ---------------------------------------------------------------- checks before timing
+
+
+def check_small(layer: layers.Layer, offsets: str, dtype: str, backend: str, seed: int) -> float:
+    """The same options with sizes cut, against the reference: the largest error over its tolerance."""
+    try:
+        inputs = make_inputs(layers.cut(layer), offsets, dtype, seed)
+    except ValueError:  # an operator whose channels are a product of other sizes
+        inputs = make_inputs(layers.cut(layer, channels=False), offsets, dtype, seed)
+    return _compare(inputs, inputs.sample, {}, backend, DIRECTIONS)
+
+
+def check_spots(inputs: Inputs, backend: str, direction: str, seed: int) -> float:
+    """Some elements of the full-size result against the reference: the largest error over its tolerance."""
+    part, index = (inputs.op.part or _leading_part(inputs.op))(inputs.sample, _SPOTS, seed)
+    return _compare(inputs, part, index, backend, (direction,))
+
+
+def _leading_part(op: Op) -> Callable[[Sample, int, int], tuple[Sample, dict[str, Any]]]:
+    """A few slices of the output's first axis (images or RoIs): they do not depend on each other."""
+    letter = op.output.split()[0]
+
+    def part(sample: Sample, count: int, seed: int) -> tuple[Sample, dict[str, Any]]:
+        sizes, _ = gradcheck.output_shape(op, sample)
+        number = min(sizes[letter], 1 if letter == "N" else 4)
+        picked = np.sort(np.random.default_rng(seed).choice(sizes[letter], number, replace=False))
+        sliced = [name for name in sample.arrays if op.arrays[name].split()[0] == letter]
+        arrays = {**sample.arrays, **{name: sample.arrays[name][picked] for name in sliced}}
+        return dataclasses.replace(sample, arrays=arrays), dict.fromkeys(["output", *sliced], (picked,))
+
+    return part
+
+
+def _compare(inputs: Inputs, part: Sample, index: dict[str, Any], backend: str, directions: Iterable[str]) -> float:
+    """`part` on the reference against the whole on a backend, where the part's results belong."""
+    op = inputs.op
+    first = next(iter(inputs.sample.arrays.values()))
+    wide = shapes.accumulator(first.dtype)
+    exact = {**dict.fromkeys(op.arrays), **{name: array.astype(wide) for name, array in part.arrays.items()}}
+    params = op.parameters(inputs.sample.params)
+    worst = 0.0
+    here = index.get("output", (...,))
+    # the function itself: a part is no call that the shape checks know
+    want = gradcheck.to_numpy(function(op, "forward", "reference")(**exact, **params, out=None))
+    if "forward" in directions:
+        got = gradcheck.forward(op, inputs.sample, backend)[here]
+        length = gradcheck.reduction_length(op, inputs.sizes, "forward", int(np.prod(inputs.shape)))
+        worst = _ratio(op, "output", got, want, gradcheck.tolerance(first.dtype, length))
+    if "backward" in directions:
+        names = tuple(name for name in op.differentiable if name in part.arrays)
+        sparse = np.zeros_like(inputs.grad_output)
+        sparse[here] = inputs.grad_output[here]
+        got_all = gradcheck.backward(op, inputs.sample, backend, sparse)
+        grad_output = inputs.grad_output[here].astype(wide).reshape(want.shape)
+        want_all = function(op, "backward", "reference")(grad_output=grad_output, **exact, **params, wrt=names)
+        for name in names:
+            got, want = got_all[name], want_all[name]
+            if name in index:
+                rest = got.copy()
+                rest[index[name]] = 0
+                if rest.any():
+                    raise Mismatch(f"{op.name}: the gradient of {name} is not 0 where grad_output is 0")
+                got = got[index[name]]
+            length = gradcheck.reduction_length(op, inputs.sizes, "backward", inputs.sample.arrays[name].size)
+            bound = gradcheck.tolerance(first.dtype, length)
+            worst = max(worst, _ratio(op, f"the gradient of {name}", got, want, bound))
+    return worst
+
+
+def _ratio(op: Op, what: str, got: np.ndarray, want: np.ndarray, bound: float) -> float:
+    error, at = gradcheck.relative_error(got.reshape(want.shape), want)
+    if not error <= bound:
+        raise Mismatch(f"{op.name}: {what} differs from the reference by {error:.2g} (tolerance {bound:.2g}) at {at}")
+    return error / bound
+
+
+# ---------------------------------------------------------------- a row
+
+
+def quartiles(samples: Iterable[float]) -> tuple[float, float, float]:
+    """(lower quartile, median, upper quartile)."""
+    low, middle, high = np.percentile(np.asarray(list(samples)), [25, 50, 75])
+    return float(low), float(middle), float(high)
+
+
+def profile(
+    chosen: dict[str, layers.Layer],
+    settings: Settings,
+    peers: Iterable[Peer] = (),
+    progress: Callable[[str, int, int], None] | None = None,
+    warn: Callable[[str], None] = lambda message: None,
+) -> Iterator[RowDict]:
+    """Check and time; rows as bench_results/README.md describes them.
+
+    Parameters
+    ----------
+    chosen : dict of name -> layer
+    settings : Settings
+    peers : running peers
+    progress : function of (what, done, total)
+    warn : function of a message
+
+    Raises
+    ------
+    Mismatch
+        A result is wrong; nothing wrong is ever timed.
+    """
+    table = [
+        (name, layer, offsets, dtype, backend, direction)
+        for name, layer in chosen.items()
+        for offsets in (settings.offsets if _has_offsets(OPS[layer["op"]]) else ("none",))
+        for dtype in settings.dtypes
+        for backend in settings.backends
+        for direction in settings.directions
+    ]
+    peers = list(peers)
+    with threads_set(settings.threads) as threads:
+        known: tuple[Any, ...] | None = None
+        for done, (name, layer, offsets, dtype, backend, direction) in enumerate(table):
+            if progress:
+                progress(f"{name} {offsets} {direction} {dtype} {backend}", done, len(table))
+            op = OPS[layer["op"]]
+            try:
+                function(op, direction, backend)
+            except (ImportError, AttributeError):
+                warn(f"{name}: {op.name} is not written for {backend}: left out")
+                continue
+            kind = "random" if offsets == "none" else offsets
+            if known != (name, kind, dtype):
+                inputs = make_inputs(layer, kind, dtype, settings.seed)
+                known, small = (name, kind, dtype), {}
+            first = clock(backend).milliseconds(runner(inputs, direction, backend))  # before a check has compiled it
+            if backend not in small:
+                small[backend] = check_small(layer, kind, dtype, backend, settings.seed)
+            row = {"op": op.name, "layer": name, "shape": layers.shown(layer), "spread": layer["spread"]}
+            row |= {"direction": direction, "backend": backend, "dtype": dtype, "offsets": offsets, "threads": threads}
+            row["small_check"] = small[backend]
+            row |= _row(inputs, direction, backend, settings, threads, peers, warn, first)
+            if row["spread_of_samples"] > NOISY:
+                warn(f"{name} {offsets} {direction}: noisy: the middle half of the samples spans "
+                     f"{100 * row['spread_of_samples']:.0f} % of the median")  # fmt: skip
+            yield row
+        if progress and table:
+            progress("", len(table), len(table))
+
+
+def _has_offsets(op: Op) -> bool:
+    """Some differentiable argument is a coordinate that may stay in float32: how it wanders matters."""
+    return any(name in op.coordinates for name in op.differentiable)
+
+
+def _row(
+    inputs: Inputs,
+    direction: str,
+    backend: str,
+    settings: Settings,
+    threads: int,
+    peers: list[Peer],
+    warn: Callable[[str], None],
+    first: float,
+) -> RowDict:
+    op, run, ticks = inputs.op, runner(inputs, direction, backend), clock(backend)
+    row: RowDict = {"spot_check": None}
+    if backend != "reference":
+        row["spot_check"] = check_spots(inputs, backend, direction, settings.seed)
+    row["temp_bytes"] = None if backend == "reference" else ticks.temporary_bytes(run)
+    contestants: dict[str, Peer] = {}
+    errors: dict[str, float | None] = {}
+    if peers:
+        result = gradcheck.to_numpy(run())
+        for peer in peers:
+            try:
+                errors[peer.name] = peer.load(inputs, direction, threads, result)
+                contestants[peer.name] = peer
+            except PeerError as error:
+                warn(f"{peer.name}: {op.name} {direction}: {error}")
+    samples: list[float] = []
+    theirs: dict[str, list[float]] = {name: [] for name in contestants}
+    ticks.milliseconds(run)  # warm
+    budget, rounds = settings.budget, 0
+    slice_ms = 1e3 * budget / _LEAST_ROUNDS
+    while rounds < _LEAST_ROUNDS or (sum(samples) < 0.8e3 * budget and len(samples) < _MOST_SAMPLES):
+        spent = 0.0
+        while spent == 0 or (spent < slice_ms and len(samples) < _MOST_SAMPLES):
+            samples.append(ticks.milliseconds(run))
+            spent += samples[-1]
+        for name in list(contestants):
+            try:
+                theirs[name] += contestants[name].run(slice_ms)
+            except PeerError as error:
+                warn(f"{name}: {error}")
+                del contestants[name]
+        rounds += 1
+        if rounds >= 3 and sum(samples) > 4e3 * budget:  # one call alone takes longer than a round should
+            break
+    low, median, high = quartiles(samples)
+    row |= {"median_ms": median, "quartiles_ms": [low, high], "samples_ms": [round(s, 5) for s in samples]}
+    row |= {"compile_ms": max(0.0, first - median), "spread_of_samples": (high - low) / median}
+    row |= _rates(inputs, direction, backend, threads, median)
+    row["against"] = {
+        name: {
+            "median_ms": quartiles(theirs[name])[1],
+            "samples_ms": [round(s, 5) for s in theirs[name]],
+            "ratio": quartiles(theirs[name])[1] / median,
+            "max_error": errors[name],
+            "what": peer.what,
+        }
+        for name, peer in contestants.items()
+    }
+    return row
+
+
+def _rates(inputs: Inputs, direction: str, backend: str, threads: int, median: float) -> RowDict:
+    """Work per second, its share of the ceiling, and the time of a plain convolution's matrix product."""
+    op = inputs.op
+    dtype = next(iter(inputs.sample.arrays.values())).dtype
+    flops = op.flops(inputs.sizes, direction)
+    traffic = op.bytes(inputs.sizes, direction, dtype.itemsize)
+    product = _plain_product(inputs)
+    if backend == "cuda":
+        limits = _cuda_ceiling(str(dtype), product)
+    else:
+        accumulator = str(shapes.accumulator(dtype))
+        limits = ceiling.rates(threads, accumulator) | {"products_ms": ceiling.products(threads, accumulator, product)}
+    arithmetic, memory = flops / limits["gflops"] / 1e6, traffic / limits["gbytes_s"] / 1e6  # ms
+    share = max(arithmetic, memory) / median
+    bound = ("arithmetic" if arithmetic >= memory else "memory") if share >= 0.1 else "neither"
+    rates: RowDict = {
+        "gflops": flops / median / 1e6,
+        "gbytes_s": traffic / median / 1e6,
+        "ceiling_share": share,
+        "bound": bound,
+        "ceiling": {"gflops": limits["gflops"], "gbytes_s": limits["gbytes_s"]},
+        "plain_ms": None,
+        "plain_ratio": None,
+    }
+    if product:
+        rates["plain_ms"] = limits["products_ms"][0] * (1 if direction == "forward" else 2)
+        rates["plain_ratio"] = median / rates["plain_ms"]
+    return rates
+
+
+def _plain_product(inputs: Inputs) -> tuple[ceiling.Shape, ...]:
+    """The matrix product of a plain convolution of the same shape; nothing where there is no weight."""
+    weight = inputs.sample.arrays.get("weight")
+    if weight is None:
+        return ()
+    O, channels, KH, KW = weight.shape
+    groups = inputs.sizes["C"] // channels
+    pixels = inputs.shape[2] * inputs.shape[3]
+    return ((inputs.sizes["N"] * groups, O // groups, channels * KH * KW, pixels),)
+
+
+def _cuda_ceiling(dtype: str, product: tuple[ceiling.Shape, ...]) -> dict[str, Any]:
+    """As `ceiling.rates` and `ceiling.products`, on the GPU through CuPy."""
+    import cupy
+
+    ticks = CudaClock()
+
+    def best(run: Callable[[], Any]) -> float:
+        ticks.milliseconds(run)
+        return min(ticks.milliseconds(run) for _ in range(10))
+
+    def multiply(m: int, k: int, n: int) -> float:
+        kind = "float32" if dtype == "bfloat16" else dtype  # CuPy's matmul has no bfloat16
+        a, b = cupy.ones((m, k), kind), cupy.ones((k, n), kind)
+        return best(lambda: cupy.matmul(a, b))
+
+    size = 4096
+    source = cupy.ones(1 << 28, cupy.uint8)
+    return {
+        "gflops": 2 * size**3 / multiply(size, size, size) / 1e6,
+        "gbytes_s": 2 * source.nbytes / best(source.copy) / 1e6,
+        "products_ms": [many * multiply(m, k, n) for many, m, k, n in product],
+    }

@@ -1,0 +1,307 @@
+"""Records of `dcn-bench`: written, read and checked, shown as tables, compared."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SCHEMA = 1
+KIND = "dcn-bench profile"
+Record = dict[str, Any]
+
+# The record and a row of it: field -> (type, what it is). bench_results/README.md shows this table.
+FIELDS: dict[str, tuple[Any, str]] = {
+    "schema": (int, f"version of this description: {SCHEMA}"),
+    "kind": (str, f'"{KIND}"'),
+    "created": (str, "UTC, ISO 8601"),
+    "device": (dict, "cpu, cores, vectors, system; gpu, compute_capability, cuda_driver where there is one"),
+    "versions": (dict, "package -> version; peers by name"),
+    "commit": (str, "of the source tree; empty outside a checkout"),
+    "dirty": (bool, "the source tree differed from that commit"),
+    "settings": (dict, "directions, dtypes, backends, offsets, threads, seed, budget (seconds a row), blas, load"),
+    "rows": (list, "one per layer, offsets, direction, dtype and backend"),
+}
+NUMBER = (int, float)
+MAYBE = (int, float, type(None))
+ROW_FIELDS: dict[str, tuple[Any, str]] = {
+    "op": (str, "operator"),
+    "layer": (str, "name of the layer"),
+    "shape": (str, "its sizes, as --shape takes them"),
+    "spread": (NUMBER, "standard deviation of an offset, in pixels; of a RoI offset, in its own unit"),
+    "direction": (str, "forward or backward (all gradients; the forward is not in it)"),
+    "backend": (str, "reference, cpu or cuda"),
+    "dtype": (str, "of input, weight and offsets"),
+    "offsets": (str, "zero, smooth, random; none where the operator has no offsets"),
+    "threads": (int, "threads of the CPU backend, and of the peers"),
+    "median_ms": (NUMBER, "milliseconds of a call"),
+    "quartiles_ms": (list, "lower and upper quartile of the samples"),
+    "samples_ms": (list, "all samples after the warm-up"),
+    "spread_of_samples": (NUMBER, "interquartile range over median; above 0.25 the row is called noisy"),
+    "compile_ms": (NUMBER, "the first call in the process less the median: compiling, or loading what was compiled"),
+    "temp_bytes": (MAYBE, "peak temporary memory of a call besides its results"),
+    "gflops": (NUMBER, "1e9 floating-point operations a second; of the matrix product alone where there is one"),
+    "gbytes_s": (NUMBER, "1e9 bytes a second, each array counted once"),
+    "ceiling": (dict, "this machine's own rates: gflops of a matrix product, gbytes_s of a copy"),
+    "ceiling_share": (NUMBER, "time at the ceiling over median_ms"),
+    "bound": (str, "which ceiling is nearer: arithmetic or memory; neither where the share is below a tenth"),
+    "plain_ms": (MAYBE, "the matrix product of a plain convolution of the same shape in NumPy's BLAS, copies left out"),
+    "plain_ratio": (MAYBE, "median_ms over plain_ms"),
+    "small_check": (NUMBER, "worst error over tolerance on the same options with sizes cut, against the reference"),
+    "spot_check": (MAYBE, "the same at full size on some elements of the output or of each gradient"),
+    "against": (dict, "peer -> median_ms, samples_ms, ratio (theirs over ours), max_error (null: not the same), what"),
+}
+
+
+class BadRecord(ValueError):
+    """A file that is no record, or a damaged one."""
+
+
+def make(rows: list[dict[str, Any]], settings: dict[str, Any], peers: dict[str, str]) -> Record:
+    """A record of rows measured now on this machine."""
+    from dcn_kernels import environment
+
+    commit, dirty = environment.commit()
+    return {
+        "schema": SCHEMA,
+        "kind": KIND,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": environment.device(),
+        "versions": {**environment.versions(), **peers},
+        "commit": commit,
+        "dirty": dirty,
+        "settings": settings,
+        "rows": rows,
+    }
+
+
+def check(record: Any, name: str = "record") -> Record:
+    """The record itself; BadRecord naming the field where it does not fit the schema."""
+    if not isinstance(record, dict) or record.get("kind") != KIND:
+        raise BadRecord(f"{name}: not a record of {KIND}")
+    if record.get("schema") != SCHEMA:
+        raise BadRecord(f"{name}: schema {record.get('schema')!r}, expected {SCHEMA}")
+    _check_fields(record, FIELDS, name)
+    for number, row in enumerate(record["rows"]):
+        where = f"{name}: rows[{number}]"
+        if not isinstance(row, dict):
+            raise BadRecord(f"{where}: expected an object")
+        _check_fields(row, ROW_FIELDS, where)
+        samples = row["samples_ms"]
+        if not samples or not all(isinstance(s, NUMBER) and math.isfinite(s) and s > 0 for s in samples):
+            raise BadRecord(f"{where}: samples_ms: expected positive numbers")
+        if not (math.isfinite(row["median_ms"]) and row["median_ms"] > 0):
+            raise BadRecord(f"{where}: median_ms: expected a positive number")
+    return record
+
+
+def _check_fields(found: dict[str, Any], fields: dict[str, tuple[Any, str]], where: str) -> None:
+    for field, (kind, _) in fields.items():
+        if field not in found:
+            raise BadRecord(f"{where}: {field} is missing")
+        if not isinstance(found[field], kind) or (isinstance(found[field], bool) and kind is not bool):
+            raise BadRecord(f"{where}: {field}: unexpected {type(found[field]).__name__}")
+
+
+def read(path: str | Path) -> Record:
+    """A checked record; BadRecord with one line that says what is wrong with the file."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise BadRecord(f"{path}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise BadRecord(f"{path}: not a text file") from None
+    try:
+        return check(json.loads(text), str(path))
+    except json.JSONDecodeError as error:
+        raise BadRecord(f"{path}: not JSON: {error}") from None
+
+
+# ---------------------------------------------------------------- shown
+
+COLUMNS = (
+    "layer", "operator", "direction", "offsets", "dtype", "backend", "median ms", "quartiles", "GFLOP/s", "GB/s",
+    "of ceiling", "bound", "x plain", "temp MB", "compile s",
+)  # fmt: skip
+RIGHT = ("median ms", "quartiles", "GFLOP/s", "GB/s", "of ceiling", "x plain", "temp MB", "compile s")
+
+
+def cells(record: Record) -> tuple[list[str], list[list[str]], list[str]]:
+    """(columns, rows, columns to be aligned to the right) of a record as a table."""
+    peers = list(dict.fromkeys(name for row in record["rows"] for name in row["against"]))
+    dtypes = {row["dtype"] for row in record["rows"]}
+    backends = {row["backend"] for row in record["rows"]}
+    columns = [*COLUMNS, *(f"{peer} ms (ratio)" for peer in peers)]
+    rows = []
+    for row in record["rows"]:
+        low, high = row["quartiles_ms"]
+        temporary = "" if row["temp_bytes"] is None else f"{row['temp_bytes'] / 1e6:.1f}"
+        shown = [
+            row["layer"], row["op"], row["direction"], row["offsets"], row["dtype"], row["backend"],
+            _number(row["median_ms"]), f"{_number(low)}-{_number(high)}", _number(row["gflops"]),
+            _number(row["gbytes_s"]), f"{100 * row['ceiling_share']:.0f}%", row["bound"],
+            "" if row["plain_ratio"] is None else f"{row['plain_ratio']:.2f}", temporary,
+            f"{row['compile_ms'] / 1e3:.1f}",
+        ]  # fmt: skip
+        for peer in peers:
+            theirs = row["against"].get(peer)
+            shown.append(f"{_number(theirs['median_ms'])} ({theirs['ratio']:.2f}x)" if theirs else "")
+        rows.append(shown)
+    kept = [i for i, column in enumerate(columns) if not (column == "dtype" and len(dtypes) == 1)
+            and not (column == "backend" and len(backends) == 1)]  # fmt: skip
+    names = [columns[i] for i in kept]
+    return names, [[row[i] for i in kept] for row in rows], [*RIGHT, *(name for name in names if "(ratio)" in name)]
+
+
+def _number(value: float) -> str:
+    """Three digits."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def caption(record: Record) -> str:
+    """One line: where, with what, when."""
+    device, settings = record["device"], record["settings"]
+    where = device.get("gpu") or device["cpu"] if "cuda" in settings.get("backends", ()) else device["cpu"]
+    commit = record["commit"][:8] + ("+changes" if record["dirty"] else "") or "no commit"
+    used = {row["dtype"] for row in record["rows"]}
+    return (
+        f"{where}, {settings.get('threads')} threads, {', '.join(sorted(used))}, "
+        f"{', '.join(settings.get('backends', ()))}; {commit}, {record['created'][:10]}"
+    )
+
+
+def markdown(record: Record) -> str:
+    """The record's table in Markdown."""
+    columns, rows, right = cells(record)
+    marks = ["---:" if column in right else "---" for column in columns]
+    lines = ["| " + " | ".join(line) + " |" for line in [columns, marks, *rows]]
+    return f"{caption(record)}\n\n" + "\n".join(lines) + "\n"
+
+
+def to_csv(record: Record) -> str:
+    """The rows without their samples; a peer's numbers in columns of their own."""
+    peers = list(dict.fromkeys(name for row in record["rows"] for name in row["against"]))
+    plain = [field for field in ROW_FIELDS if field not in ("samples_ms", "quartiles_ms", "ceiling", "against")]
+    fields = [*plain, "lower_quartile_ms", "upper_quartile_ms"]
+    fields += [f"{peer}_{field}" for peer in peers for field in ("median_ms", "ratio", "max_error")]
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, fields)
+    writer.writeheader()
+    for row in record["rows"]:
+        flat = {field: row[field] for field in plain}
+        flat["lower_quartile_ms"], flat["upper_quartile_ms"] = row["quartiles_ms"]
+        for peer, theirs in row["against"].items():
+            flat |= {f"{peer}_{field}": theirs[field] for field in ("median_ms", "ratio", "max_error")}
+        writer.writerow(flat)
+    return buffer.getvalue()
+
+
+def to_json(record: Record) -> str:
+    """The record itself, a row a line: short, and differences can be read."""
+    head = {field: value for field, value in record.items() if field != "rows"}
+    rows = ",\n  ".join(json.dumps(row, allow_nan=False) for row in record["rows"])
+    text = json.dumps(head, indent=1, allow_nan=False)
+    return f'{text[:-2]},\n "rows": [\n  {rows}\n ]\n}}\n' if rows else f'{text[:-2]},\n "rows": []\n}}\n'
+
+
+FORMATS = {".json": to_json, ".csv": to_csv, ".md": markdown}
+
+
+# ---------------------------------------------------------------- compared
+
+
+def key(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What makes two rows measurements of the same thing."""
+    fields = ("op", "layer", "shape", "spread", "direction", "backend", "dtype", "offsets", "threads")
+    return tuple(row[field] for field in fields)
+
+
+SAME = 0.03  # ratios within this of 1 are called the same
+
+
+def verdict(old: Iterable[float], new: Iterable[float], seed: int = 0) -> tuple[str, float, tuple[float, float]]:
+    """faster, slower, same or unsure; the ratio of the medians (new over old) and its 95 % interval.
+
+    The interval is a bootstrap of both samples: "same" where all of it lies within 3 % of 1, "faster" and "slower"
+    where none of it does on that side, else "unsure".
+    """
+    rng = np.random.default_rng(seed)
+    medians = []
+    for samples in (old, new):
+        values = np.asarray(list(samples), float)
+        medians.append(np.median(values[rng.integers(0, len(values), (2000, len(values)))], axis=1))
+        medians[-1][0] = np.median(values)
+    ratios = medians[1] / medians[0]
+    low, high = (float(limit) for limit in np.percentile(ratios, [2.5, 97.5]))
+    ratio = float(ratios[0])
+    if len(list(old)) < 3 or len(list(new)) < 3:
+        return "unsure", ratio, (low, high)
+    if low > 1 + SAME:
+        return "slower", ratio, (low, high)
+    if high < 1 - SAME:
+        return "faster", ratio, (low, high)
+    if low >= 1 - SAME and high <= 1 + SAME:
+        return "same", ratio, (low, high)
+    return "unsure", ratio, (low, high)
+
+
+def compare(old: Record, new: Record) -> tuple[list[dict[str, Any]], list[str]]:
+    """(rows of both records with a verdict, warnings)."""
+    warnings = []
+    if old["device"] != new["device"]:
+        different = [k for k in {**old["device"], **new["device"]} if old["device"].get(k) != new["device"].get(k)]
+        warnings.append(f"the machines differ ({', '.join(different)}): a ratio says little about the code")
+    ours = {"dcn-kernels"}
+    changed = [
+        f"{name} {old['versions'].get(name, 'absent')} -> {new['versions'].get(name, 'absent')}"
+        for name in sorted({*old["versions"], *new["versions"]} - ours)
+        if old["versions"].get(name) != new["versions"].get(name)
+    ]
+    if changed:
+        warnings.append("the versions differ: " + ", ".join(changed))
+    before, after = ({key(row): row for row in record["rows"]} for record in (old, new))
+    for name, left, right in (("old", before, after), ("new", after, before)):
+        alone = [k for k in left if k not in right]
+        if alone:
+            warnings.append(f"{len(alone)} rows are in the {name} record only")
+    rows = []
+    for found, row in after.items():
+        if found in before:
+            word, ratio, interval = verdict(before[found]["samples_ms"], row["samples_ms"])
+            rows.append({**{field: row[field] for field in ("layer", "op", "direction", "offsets", "dtype", "backend")},
+                         "old_ms": before[found]["median_ms"], "new_ms": row["median_ms"], "ratio": ratio,
+                         "interval": list(interval), "verdict": word})  # fmt: skip
+    return rows, warnings
+
+
+# ---------------------------------------------------------------- bench_results/README.md
+
+
+def readme(records: dict[str, Record]) -> str:
+    """bench_results/README.md from its records, by file name."""
+    lines = [
+        "# Records of `dcn-bench profile`",
+        "",
+        "Written by `dcn-bench readme`; not edited by hand. One JSON file a run, with every sample;",
+        "`dcn-bench compare OLD NEW` compares two, `dcn-bench plot` draws them.",
+        "",
+        "`ratio` is a peer's median over ours, in rounds interleaved in one run on the same arrays: above 1 we are",
+        "faster. `x plain` is our time over that of the matrix product alone of a plain convolution of the same shape",
+        "in NumPy's BLAS. `of ceiling` is the time this machine's own measured matrix product or copy rate would",
+        "allow over the time taken.",
+        "",
+    ]
+    for name, record in sorted(records.items(), key=lambda item: item[1]["created"], reverse=True):
+        lines += [f"## {name}", "", markdown(record)]
+    lines += ["## The record", "", "| field | what it is |", "| --- | --- |"]
+    lines += [f"| `{field}` | {text} |" for field, (_, text) in FIELDS.items()]
+    lines += ["", "A row:", "", "| field | what it is |", "| --- | --- |"]
+    lines += [f"| `{field}` | {text} |" for field, (_, text) in ROW_FIELDS.items()]
+    return "\n".join(lines) + "\n"
