@@ -1,14 +1,16 @@
 """The CUDA kernels on the CPU: compiled by g++ from the same text, started by the same launchers (tests/cuda_host).
 
-The tests of the other backends are run again, with the kernels behind a backend called "cuda_host"; then come schedules,
+The tests of the other backends are run again, with the kernels as a backend called "cuda_host"; then come schedules,
 planted bugs, and what only GPU code has: workspaces, vector widths, 64-bit addresses.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from importlib import import_module
@@ -17,13 +19,22 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
-from conftest import Backend
-from cuda_host.host import HostDevice, Library, missing
+import test_properties
+from conftest import Backend, assert_close
+from cuda_host.host import SCHEDULES, HostDevice, Library, missing
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import dcn_kernels
 from dcn_kernels import arrays as _arrays
-from dcn_kernels.op import Op
+from dcn_kernels.cuda import compile, deform_conv
+from dcn_kernels.deform_conv import BORDERS, DEFORM_CONV2D
+from dcn_kernels.gradcheck import output_shape, reduction_length, relative_error, tolerance
+from dcn_kernels.offset_sample import OFFSET_SAMPLE2D
+from dcn_kernels.op import Op, Sample
+from dcn_kernels.shapes import DTYPES, HALVES
 
 NAME = "cuda_host"
 SANITIZER = os.environ.get("HOST_SANITIZER", "")
@@ -84,3 +95,409 @@ def _tests_of_backends() -> dict[str, Any]:
 
 
 globals().update(_tests_of_backends())
+
+
+# ---------------------------------------------------------------- drawn cases, under every way to run them
+
+
+@st.composite
+def devices(draw: st.DrawFn) -> dict[str, Any]:
+    """A GPU to stand in for: schedule, architecture, and how little fits on it."""
+    return {
+        "schedule": draw(st.sampled_from(list(SCHEDULES))),
+        "seed": draw(st.integers(0, 99)),
+        "capability": draw(st.sampled_from([(7, 5), (8, 0), (8, 9), (9, 0), (12, 0)])),
+        "max_blocks": draw(st.sampled_from([1, 2, 5, 1000])),
+        "cache_bytes": draw(st.sampled_from([1 << 20, 48 << 20])),
+    }
+
+
+def agrees_with_the_reference(
+    library: Library, op: Op, sample: Sample, dtype: str, how: dict[str, Any], **more: Any
+) -> None:
+    """Output and all gradients are those of the float64 reference, under `how` and with the parameters `more`."""
+    sample = dataclasses.replace(sample, params={**sample.params, **more})
+    sizes, shape = output_shape(op, sample)
+    exact = {name: array.astype(np.float64) for name, array in sample.arrays.items()}
+    grad = np.round(np.random.default_rng(9).standard_normal(shape) * 32) / 32
+    reference = Backend("reference")
+    want = {"output": reference.forward(op, exact, sample.params)}
+    want |= reference.backward(op, {"grad_output": grad, **exact}, sample.params)
+    with pytest.MonkeyPatch.context() as patch:
+        install(HostDevice(library, **how), patch)
+        got = {"output": Backend(NAME).forward(op, sample.arrays, sample.params)}
+        grad = grad.astype(DTYPES[dtype])
+        got |= Backend(NAME).backward(op, {"grad_output": grad, **sample.arrays}, sample.params)
+    # in half precision the samples too are rounded, before the product: one rounding more
+    slack = np.sqrt(2) if DTYPES[dtype] in HALVES else 1
+    for name, array in got.items():
+        length = reduction_length(op, sizes, "forward" if name == "output" else "backward", array.size)
+        error, index = relative_error(array, want[name])
+        assert error <= slack * tolerance(dtype, length), f"{name} at {index}: error {error:.3g}"
+
+
+DRAWN = settings(test_properties.RELAXED, max_examples=40)
+
+
+@DRAWN
+@given(
+    drawn=test_properties.convolutions(),
+    how=devices(),
+    deterministic=st.booleans(),
+    precision=st.sampled_from(["float32", "ieee"]),
+    workspace_bytes=st.sampled_from([None, 1, 40_000]),
+)
+def test_drawn_deform_conv2d_is_that_of_the_reference(
+    library: Library, drawn: tuple[Sample, str], how: dict[str, Any], **more: Any
+) -> None:
+    agrees_with_the_reference(library, DEFORM_CONV2D, *drawn, how, **more)
+
+
+@DRAWN
+@given(drawn=test_properties.resamplings(), how=devices(), deterministic=st.booleans())
+def test_drawn_offset_sample2d_is_that_of_the_reference(
+    library: Library, drawn: tuple[Sample, str], how: dict[str, Any], **more: Any
+) -> None:
+    agrees_with_the_reference(library, OFFSET_SAMPLE2D, *drawn, how, **more)
+
+
+@pytest.mark.slow
+@settings(DRAWN, max_examples=1000)
+@given(
+    drawn=test_properties.convolutions(),
+    how=devices(),
+    deterministic=st.booleans(),
+    precision=st.sampled_from(["float32", "ieee"]),
+    workspace_bytes=st.sampled_from([None, 1, 40_000]),
+)
+def test_many_drawn_deform_conv2d_are_those_of_the_reference(
+    library: Library, drawn: tuple[Sample, str], how: dict[str, Any], **more: Any
+) -> None:
+    agrees_with_the_reference(library, DEFORM_CONV2D, *drawn, how, **more)
+
+
+SPECIAL = [np.nan, np.inf, -np.inf, 1e30, -1e30, 0.0, 1.0, -1.0, 2.5, 6.0, -6.0, 7.0, 3e9]
+
+
+@pytest.mark.parametrize("border", BORDERS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_special_coordinates_are_those_of_the_reference(
+    library: Library, border: str, dtype: str, deterministic: bool
+) -> None:
+    for op in (DEFORM_CONV2D, OFFSET_SAMPLE2D):
+        sample = max(op.samples(0), key=lambda sample: sample.arrays["input"].size)
+        arrays = {name: array.astype(DTYPES[dtype]) for name, array in sample.arrays.items()}
+        rng = np.random.default_rng(3)
+        arrays["offset"] = rng.choice(SPECIAL, arrays["offset"].shape).astype(DTYPES[dtype])
+        sample = dataclasses.replace(sample, arrays=arrays, params={**sample.params, "border": border})
+        agrees_with_the_reference(library, op, sample, dtype, {}, deterministic=deterministic)
+
+
+# ---------------------------------------------------------------- repeatable, within the workspace, all or nothing
+
+
+def layer(channels: int = 16, dtype: str = "float32", **more: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arrays and parameters of a 3 x 3 layer in which samples of many pixels share cells."""
+    rng = np.random.default_rng(2)
+    N, O, H, W = 3, 8, 12, 13
+    arrays = {
+        "input": rng.standard_normal((N, channels, H, W)),
+        "offset": rng.standard_normal((N, 2 * 2 * 9, H, W)) * 2,
+        "weight": rng.standard_normal((O, channels, 3, 3)),
+        "mask": rng.random((N, 2 * 9, H, W)),
+        "bias": rng.standard_normal(O),
+    }
+    params = {**DEFORM_CONV2D.samples(0)[0].params, "stride": 1, "padding": 1, "dilation": 1, **more}
+    params = DEFORM_CONV2D.parameters(params)
+    return {name: array.astype(DTYPES[dtype]) for name, array in arrays.items()}, params
+
+
+def gradients(device: HostDevice, arrays: dict[str, Any], params: dict[str, Any]) -> dict[str, np.ndarray]:
+    """All gradients on a device."""
+    N, O, (OH, OW) = arrays["input"].shape[0], arrays["weight"].shape[0], arrays["offset"].shape[2:]
+    grad = np.random.default_rng(4).standard_normal((N, O, OH, OW)).astype(arrays["input"].dtype)
+    names = DEFORM_CONV2D.differentiable
+    return deform_conv.deform_conv2d_backward(grad, **arrays, **params, wrt=names, device=device)
+
+
+def test_deterministic_gradients_do_not_depend_on_the_order_of_threads(library: Library) -> None:
+    arrays, params = layer()
+    runs = {}
+    for deterministic in (False, True):
+        params = {**params, "deterministic": deterministic}
+        runs[deterministic] = [
+            gradients(HostDevice(library, schedule=schedule, seed=i), arrays, params)
+            for i, schedule in enumerate(SCHEDULES)
+        ]
+    for name in DEFORM_CONV2D.differentiable:
+        assert all(np.array_equal(run[name], runs[True][0][name]) for run in runs[True]), name
+    # the case can tell: with atomics the order shows
+    assert any(not np.array_equal(run["input"], runs[False][0]["input"]) for run in runs[False])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("workspace_bytes", [100_000, 200_000, 1_000_000])
+def test_temporary_memory_stays_within_the_workspace(
+    library: Library, workspace_bytes: int, deterministic: bool, dtype: str
+) -> None:
+    if deterministic:
+        workspace_bytes += 600_000  # the sort's counts
+    arrays, params = layer(dtype=dtype, workspace_bytes=workspace_bytes, deterministic=deterministic)
+    for scale in (1, 4):  # and does not grow with the number of images
+        many = {n: np.concatenate([a] * scale) if n in ("input", "offset", "mask") else a for n, a in arrays.items()}
+        device = HostDevice(library)
+        y = deform_conv.deform_conv2d(**many, **params, device=device)
+        assert sum(device.allocated) - y.nbytes <= workspace_bytes
+        device = HostDevice(library)
+        grads = gradients(device, many, params)
+        assert sum(device.allocated) - sum(grad.nbytes for grad in grads.values()) <= workspace_bytes
+
+
+def test_every_workspace_gives_the_same_result(library: Library) -> None:
+    for dtype in ("float64", "float16"):
+        arrays, params = layer(dtype=dtype)
+        want = gradients(HostDevice(library), arrays, params)
+        for workspace_bytes in (1, 30_000, 60_000, 150_000, 400_000):
+            params["workspace_bytes"] = workspace_bytes
+            device = HostDevice(library)
+            y = deform_conv.deform_conv2d(**arrays, **params, device=device)
+            assert_close(y, Backend("reference").forward(DEFORM_CONV2D, arrays, params), dtype, 1e3)
+            for name, grad in gradients(device, arrays, params).items():
+                assert_close(grad, want[name], dtype, 1e3, f"{name} within {workspace_bytes}")
+
+
+def test_channels_last_input_is_read_in_place(library: Library) -> None:
+    arrays, params = layer()
+    copies = []
+    for axes in ((0, 1, 2, 3), (0, 2, 3, 1)):
+        inverse = np.argsort(axes)
+        arrays["input"] = np.ascontiguousarray(arrays["input"].transpose(axes)).transpose(inverse)
+        device = HostDevice(library)
+        deform_conv.deform_conv2d(**arrays, **params, device=device)
+        copies.append(device.launched.count(("staging", "copy")))
+    assert copies[1] == copies[0] - 1, "the copy of the images is left out"
+
+
+class OutOfMemory(HostDevice):
+    """A GPU on which only so many allocations succeed."""
+
+    def __init__(self, library: Library, succeed: int) -> None:
+        super().__init__(library)
+        self.succeed = succeed
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        if self.succeed == 0:
+            raise MemoryError
+        self.succeed -= 1
+        return super().empty(shape, dtype)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_nothing_is_written_when_memory_runs_out(library: Library, deterministic: bool) -> None:
+    arrays, params = layer(deterministic=deterministic)
+    shape = (3, 8, 12, 13)
+    for succeed in range(20):
+        device, out = OutOfMemory(library, succeed), np.full(shape, 7, np.float32)
+        try:
+            deform_conv.deform_conv2d(**arrays, **params, device=device, out=out)
+            break
+        except MemoryError:
+            assert np.all(out == 7) and not device.launched
+    assert succeed >= 3
+    for succeed in range(20):
+        device = OutOfMemory(library, succeed)
+        try:
+            gradients(device, arrays, params)
+            break
+        except MemoryError:
+            assert not device.launched
+    assert succeed >= 8
+
+
+def test_split_products_are_as_exact_as_float32(library: Library) -> None:
+    arrays, params = layer(channels=128, dtype="float32")
+    want = Backend("reference").forward(DEFORM_CONV2D, {n: a.astype(np.float64) for n, a in arrays.items()}, params)
+    errors = {}
+    for precision in ("float32", "ieee", "tf32"):
+        y = deform_conv.deform_conv2d(**arrays, **{**params, "precision": precision}, device=HostDevice(library))
+        errors[precision] = np.abs(y - want).max() / np.abs(want).max()
+    assert errors["float32"] <= 4 * errors["ieee"] < errors["tf32"] / 100
+
+
+# ---------------------------------------------------------------- planted bugs: each is caught
+
+
+PLANTED = {
+    # name: (file, the line, what stands there instead, what gives it away)
+    "no barrier before the samples are read": (
+        "deform_conv",
+        "__syncthreads();  // the corners of all samples are known",
+        "",
+        "HOST ERROR",  # what poisoned shared memory holds is no address
+    ),
+    "no barrier before the samples are overwritten": (
+        "deform_conv",
+        "__syncthreads();  // the corners are used up",
+        "",
+        "wrong",
+    ),
+    "no barrier in the transposition": ("staging", "__syncthreads();  // the tile is there", "", "wrong"),
+    "a barrier that not all threads reach": (
+        "deform_conv",
+        "__syncthreads();  // the corners are used up",
+        "if (threadIdx.x < 40) __syncthreads();",
+        "__syncthreads()",
+    ),
+    "a vector load that is not aligned": (
+        "deform_conv",
+        "load<VEC>(input + (cell",
+        "load<VEC>(input + 1 + (cell",
+        "a vector access is not aligned",
+    ),
+    "a pointer advanced inside the grid-stride loop": (
+        "staging",
+        "const int r = s.along_r",
+        "source += part / (s.B * down * across); const int r = s.along_r",
+        "wrong",
+    ),
+    "a grid that goes round once": (
+        "deform_conv",
+        "part < index_t(across) * down; part += gridDim.x",
+        "part < index_t(across) * down; part += index_t(across) * down",
+        "wrong",
+    ),
+}
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, stem: str, line: str, instead: str) -> None:
+    """Change a kernel file's text (with its headers), in all places where the line stands."""
+    honest = compile.source
+
+    def source(name: str) -> str:
+        text = honest(name)
+        if name == stem:
+            assert line in text, f"{stem}.cu has changed: {line!r} is not in it"
+            text = text.replace(line, instead)
+        return text
+
+    monkeypatch.setattr(compile, "source", source)
+
+
+def layer_is_right(library: Library) -> bool:
+    """Forward and gradients of a layer under every schedule, on few blocks."""
+    arrays, params = layer(dtype="float32")
+    want = Backend("reference").forward(DEFORM_CONV2D, arrays, params)
+    for schedule, capability in zip(SCHEDULES, ((9, 0), (7, 5)) * 2, strict=True):
+        device = HostDevice(library, schedule=schedule, capability=capability, max_blocks=2)
+        y = deform_conv.deform_conv2d(**arrays, **params, device=device)
+        if not relative_error(y, want)[0] <= tolerance("float32", 144):
+            return False
+        for name, grad in gradients(device, arrays, params).items():
+            if not relative_error(grad, _reference_gradients()[name])[0] <= tolerance("float32", 1000):
+                return False
+    return True
+
+
+@functools.cache
+def _reference_gradients() -> dict[str, np.ndarray]:
+    arrays, params = layer(dtype="float32")
+    grad = np.random.default_rng(4).standard_normal((3, 8, 12, 13)).astype(np.float32)
+    return Backend("reference").backward(DEFORM_CONV2D, {"grad_output": grad, **arrays}, params)
+
+
+def run_in_a_process(library: Library, code: str, *arguments: str, sanitizer: str = "") -> subprocess.CompletedProcess:
+    """Python code beside this module, in a process that may end in an abort."""
+    environment = {**os.environ, "HOST_SANITIZER": sanitizer, "PYTHONPATH": str(Path(__file__).parent)}
+    if sanitizer:
+        name = {"address": "libasan.so", "thread": "libtsan.so"}[sanitizer]
+        found = subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True)
+        environment["LD_PRELOAD"] = found.stdout.strip()
+        environment["ASAN_OPTIONS"] = "detect_leaks=0:detect_stack_use_after_return=0"
+        environment["UBSAN_OPTIONS"] = "print_stacktrace=1"
+        environment["TSAN_OPTIONS"] = "report_signal_unsafe=0:exitcode=66:ignore_noninstrumented_modules=1"
+        environment["OPENBLAS_NUM_THREADS"] = environment["OMP_NUM_THREADS"] = "1"
+    return subprocess.run(
+        [sys.executable, "-c", code, str(library.cache), *arguments], capture_output=True, text=True, env=environment
+    )
+
+
+PLANT_AND_RUN = """
+import sys
+from pathlib import Path
+import pytest
+import test_cuda_host as t
+library = t.Library(Path(sys.argv[1]), t.SANITIZER)
+if len(sys.argv) > 2:
+    t.plant(pytest.MonkeyPatch(), *sys.argv[2:5])
+print("right" if t.layer_is_right(library) else "wrong")
+"""
+
+
+def test_without_a_planted_bug_the_layer_is_right(library: Library) -> None:
+    result = run_in_a_process(library, PLANT_AND_RUN)
+    assert result.stdout == "right\n", result.stderr
+
+
+@pytest.mark.parametrize("bug", PLANTED)
+def test_planted_bug_is_caught(library: Library, bug: str) -> None:
+    *change, sign = PLANTED[bug]
+    result = run_in_a_process(library, PLANT_AND_RUN, *change)
+    assert sign in (result.stdout if sign == "wrong" else result.stderr), result.stdout + result.stderr
+
+
+PLANTED_FOR_SANITIZERS = {
+    # name: (sanitizer, file, the line, what stands there instead, what gives it away)
+    "a missing atomic": (
+        "thread",
+        "deform_conv",
+        "atomicAdd(to + i, values[i]);",
+        "to[i] += values[i];",
+        "data race",
+    ),
+    "a missing barrier": (
+        "thread",
+        "deform_conv",
+        "__syncthreads();  // the corners are used up",
+        "",
+        "data race",
+    ),
+    "a read past the end": (
+        "address",
+        "deform_conv",
+        "at.inside_y1 = near && at.y + 1 < height;",
+        "at.inside_y1 = near;",
+        "heap-buffer-overflow",
+    ),
+    "a shared array that is too short": (
+        "address",
+        "deform_conv",
+        "SHARED(acc_t, modulation, [SAMPLES]);",
+        "SHARED(acc_t, modulation, [SAMPLES - 1]);",
+        "out of bounds",
+    ),
+    "a shift that is not defined": (
+        "address",
+        "deform_conv",
+        "if (inside >> q & 1) pixel",
+        "if (inside >> (q + 32) & 1) pixel",
+        "shift exponent",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sanitizer", ["address", "thread"])
+def test_without_a_planted_bug_sanitizers_say_nothing(library: Library, sanitizer: str) -> None:
+    result = run_in_a_process(library, PLANT_AND_RUN, sanitizer=sanitizer)
+    assert (result.returncode, result.stdout) == (0, "right\n"), result.stderr[-4000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bug", PLANTED_FOR_SANITIZERS)
+def test_planted_bug_is_caught_by_a_sanitizer(library: Library, bug: str) -> None:
+    sanitizer, *change, sign = PLANTED_FOR_SANITIZERS[bug]
+    result = run_in_a_process(library, PLANT_AND_RUN, *change, sanitizer=sanitizer)
+    assert sign in result.stderr, result.stdout + result.stderr[-4000:]

@@ -58,8 +58,9 @@ def deform_conv2d(
     budget = (workspace_bytes or DEFAULT_WORKSPACE) - call.matrix_bytes
     call.lay_out(budget, call.stage_bytes)
     tiles = _Tiles.fit(device, budget, call, call.stage_bytes, call.column_bytes, call.column_bytes)
-    matrix, stage = call.weight_matrix(), call.stage(tiles)
+    stage = call.stage(tiles)
     columns = tuple(device.empty((tiles.rows, call.row), input.dtype) for _ in range(call.parts))
+    matrix = call.weight_matrix()
     if bias is not None:
         copy(device, bias.reshape(1, 1, O, 1), y.reshape(1, N, O, OH * OW), op=OP)
     y_rows = y.reshape(N, call.groups, O // call.groups, OH * OW)
@@ -285,9 +286,9 @@ class _Backward:
         self.sums = self._sums_memory()
         cells = Gatherer.cells(tiles.images, call.OG, call.H, call.W)
         self.gatherer = Gatherer(device, tiles.rows * slots, cells, call.real, op=OP) if sorts else None
-        self.matrix = call.weight_matrix() if self.samples else ()
         shape = (call.groups, O // call.groups, call.row // call.groups)
         self.weight_sums = device.empty(shape, call.real) if weight_grad else None
+        self.matrix = call.weight_matrix() if self.samples else ()
 
     def _sums_memory(self) -> Any:
         """Where grad_input is summed up, (images, C, H, W) by strides: the result, or memory for a tile's images."""
