@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import mmap
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -501,3 +503,80 @@ def test_planted_bug_is_caught_by_a_sanitizer(library: Library, bug: str) -> Non
     sanitizer, *change, sign = PLANTED_FOR_SANITIZERS[bug]
     result = run_in_a_process(library, PLANT_AND_RUN, *change, sanitizer=sanitizer)
     assert sign in result.stderr, result.stdout + result.stderr[-4000:]
+
+
+# ---------------------------------------------------------------- more than 2^31 elements
+
+
+class SparseDevice(HostDevice):
+    """Takes large memory from the system as zeros that cost nothing until they are touched."""
+
+    LARGE = 1 << 30
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        if np.prod(shape, dtype=np.int64) < self.LARGE:
+            return super().empty(shape, dtype)
+        return sparse_zeros(shape, dtype)
+
+    @classmethod
+    def clear(cls, array: np.ndarray) -> None:
+        if array.size < cls.LARGE:
+            super().clear(array)
+
+
+def sparse_zeros(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Zeros in memory that is there only where it is touched."""
+    nbytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE
+    return np.frombuffer(mmap.mmap(-1, nbytes, flags=flags), dtype).reshape(shape)
+
+
+def large_image_is_right(library: Library) -> bool:
+    """Four outputs that sample the corners of an image of 2.5e9 pixels, and their gradients."""
+    side = 50_000
+    arrays = {"input": sparse_zeros((1, 1, side, side), np.float32), "offset": np.zeros((1, 2, 2, 2), np.float32)}
+    arrays["offset"] -= 0.25
+    arrays["input"][0, 0, -1, -1], arrays["input"][0, 0, -2, -1], arrays["input"][0, 0, 0, 0] = 16, 32, 8
+    arrays |= {"weight": np.full((1, 1, 1, 1), 2, np.float32), "mask": None, "bias": None}
+    params = DEFORM_CONV2D.parameters({**DEFORM_CONV2D.samples(0)[0].params, "stride": side - 1, "padding": 0})
+    device = SparseDevice(library)
+    y = deform_conv.deform_conv2d(**arrays, **params, device=device)
+    if y.ravel().tolist() != [2 * 8 * 0.75**2, 0, 0, 2 * (16 * 0.75**2 + 32 * 0.25 * 0.75)]:
+        return False
+    grad = np.full((1, 1, 2, 2), 4, np.float32)
+    names = ("input", "offset", "weight")
+    grads = deform_conv.deform_conv2d_backward(grad, **arrays, **params, wrt=names, device=device)
+    slope_y = 8 * (0.75 * (16 - 32))  # between the last two rows, by the weights of the last two columns
+    slope_x = 8 * (0.75 * 16 + 0.25 * 32)
+    return (
+        grads["input"][0, 0, -1, -1] == 8 * 0.75**2
+        and grads["input"][0, 0, -2, -2] == 8 * 0.25**2
+        and grads["offset"][0, :, 1, 1].tolist() == [slope_y, slope_x]
+        and grads["weight"].item() == 4 * y.sum() / 2
+    )
+
+
+LARGE = "import sys; from pathlib import Path; import pytest; import test_cuda_host as t\n" + (
+    "library = t.Library(Path(sys.argv[1]))\n"
+    "if len(sys.argv) > 2: t.plant(pytest.MonkeyPatch(), *sys.argv[2:5])\n"
+    "print('right' if t.large_image_is_right(library) else 'wrong')"
+)
+
+
+@pytest.mark.parametrize("kernel", ["none", "columns", "gradients: reads", "gradients: writes"])
+def test_index_of_32_bits_is_caught(library: Library, kernel: str) -> None:
+    planted = {
+        "none": (),
+        "columns": (
+            "deform_conv",
+            "cell[i] + c * s.input_c, inside[i], s",
+            "int(cell[i]) + c * s.input_c, inside[i], s",
+        ),
+        "gradients: reads": ("deform_conv", "cell[i] + c * s.input_c, flags", "int(cell[i]) + c * s.input_c, flags"),
+        "gradients: writes": ("deform_conv", "(grad_cell[i] + c * s.grad_c", "(int(grad_cell[i]) + c * s.grad_c"),
+    }[kernel]
+    result = run_in_a_process(library, LARGE, *planted)
+    if kernel == "none":
+        assert result.stdout == "right\n", result.stderr
+    else:  # another element, or no memory at all
+        assert result.stdout == "wrong\n" or result.returncode == -signal.SIGSEGV, result.stderr

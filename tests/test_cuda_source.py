@@ -1,0 +1,145 @@
+"""The CUDA sources as text, and what NVRTC makes of them without a GPU."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from dcn_kernels.cuda import compile
+
+FOLDER = compile.FOLDER
+
+
+@pytest.fixture(scope="module")
+def nvrtc() -> compile.NVRTC:
+    """The compiler."""
+    try:
+        return compile.NVRTC()
+    except compile.CompilerNotFound as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the sources that may be changed."""
+    shutil.copytree(FOLDER, tmp_path / "cuda")
+    monkeypatch.setattr(compile, "FOLDER", tmp_path / "cuda")
+    return tmp_path / "cuda"
+
+
+def append(path: Path, text: str) -> None:
+    """Edit a file."""
+    path.write_text(path.read_text() + text)
+
+
+def test_every_kernel_file_is_compiled_and_has_its_launcher() -> None:
+    assert {path.stem for path in FOLDER.glob("*.cu")} == set(compile.FILES)
+    for stem in compile.FILES:
+        assert compile.kernel_names(compile.source(stem)), stem
+        for vector_atomics in (False, True):
+            builds = [compile.definitions(flags) for flags in compile.variants(stem, vector_atomics)]
+            assert builds and len(set(builds)) == len(builds), stem
+
+
+@pytest.mark.parametrize("stem", compile.FILES)
+def test_every_header_is_pasted_in(stem: str) -> None:
+    assert '#include "' not in compile.source(stem)
+
+
+@pytest.mark.parametrize("header", sorted(path.name for path in FOLDER.glob("*.cuh")))
+def test_edited_header_changes_what_is_compiled(copied: Path, header: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CuPy's cache is keyed by the text that it is given: what it is given must hold the edit."""
+    given: list[str] = []
+    cupy = SimpleNamespace(RawModule=lambda code, options, backend: given.append(code))
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    users = [stem for stem in compile.FILES if f'"{header}"' in compile.source(stem)]
+    assert users
+    for stem in users:
+        compile._module.__wrapped__(stem, ())
+    append(copied / header, "// edited\n")
+    for stem in users:
+        compile._module.__wrapped__(stem, ())
+    before, after = given[: len(users)], given[len(users) :]
+    assert all(one != two and "// edited" in two for one, two in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("stem", ["common", "deform_conv"])
+def test_error_names_file_and_line(copied: Path, nvrtc: compile.NVRTC, stem: str) -> None:
+    path = next(copied.glob(f"{stem}.cu*"))
+    lines = path.read_text().count("\n")
+    append(path, "int broken = ;\n")
+    with pytest.raises(compile.CompileError, match=rf"{re.escape(path.name)}\({lines + 1}\): error") as caught:
+        nvrtc.compile("deform_conv", compile.variants("deform_conv", False)[0], "sm_90")
+    assert "deform_conv.cu -DSPLIT=0" in str(caught.value) and "sm_90" in str(caught.value)
+
+
+def spills(archs: tuple[str, ...]) -> None:
+    """Compile everything and look at the report."""
+    seen = []
+    rows = compile.check_kernels(archs, lambda done, total, what: seen.append((done, total)))
+    assert {row["arch"] for row in rows} == set(archs)
+    assert {row["kernel"].partition(".")[0] for row in rows} == set(compile.FILES)
+    assert {row["dtype"] for row in rows} == {"float16", "bfloat16", "float32", "float64", "none"}
+    assert seen[-1][0] == seen[-1][1] == len(seen)
+    for row in rows:
+        assert 0 < row["registers"] <= 255, row
+        assert row["spill_bytes"] == row["stack_bytes"] == 0, row
+        assert row["shared_bytes"] <= 48 << 10, row
+
+
+def test_kernels_compile_without_spilling(nvrtc: compile.NVRTC) -> None:
+    spills(("sm_75", "sm_90", "sm_120"))
+
+
+@pytest.mark.slow
+def test_kernels_compile_without_spilling_for_the_other_architectures(nvrtc: compile.NVRTC) -> None:
+    spills(tuple(arch for arch in compile.ARCHS if arch not in ("sm_75", "sm_90", "sm_120")))
+
+
+def test_spill_is_reported(copied: Path, nvrtc: compile.NVRTC) -> None:
+    """A kernel that asks for more registers than the bound on its blocks leaves."""
+    path = copied / "common.cuh"
+    path.write_text(path.read_text().replace("__launch_bounds__(threads, 1)", "__launch_bounds__(threads, 8)"))
+    flags = next(flags for flags in compile.variants("deform_conv", True) if flags["VEC"] == 8)
+    rows = compile._check(nvrtc, "deform_conv", flags, "sm_90")
+    assert any(row["spill_bytes"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("scalar_t", "VEC", "vector"),
+    [("float", 4, r"ld\.global\.nc\.v4\.[fbu]32"), ("__half", 8, r"ld\.global\.nc\.v4\.[fbu]32"),
+     ("__nv_bfloat16", 8, r"ld\.global\.nc\.v4\.[fbu]32"), ("double", 2, r"ld\.global\.nc\.v2\.[fbu]64")],
+)  # fmt: skip
+def test_vectors_are_loaded_by_one_instruction_of_16_bytes(
+    nvrtc: compile.NVRTC, scalar_t: str, VEC: int, vector: str
+) -> None:
+    flags = next(
+        flags
+        for flags in compile.variants("deform_conv", True)
+        if flags["scalar_t"] == flags["offset_t"] == flags["mask_t"] == scalar_t and flags["VEC"] == VEC
+    )
+    ptx = nvrtc.compile("deform_conv", flags, "sm_90").ptx
+    columns = ptx[ptx.index(".entry columns") : ptx.index(".entry gradients")]
+    assert len(re.findall(vector, columns)) >= 4  # the corners
+
+
+def test_input_gradient_is_added_by_vectors_where_the_architecture_can(nvrtc: compile.NVRTC) -> None:
+    for arch, can in (("sm_75", False), ("sm_89", False), ("sm_90", True), ("sm_120", True)):
+        flags = next(
+            flags
+            for flags in compile.variants("deform_conv", compile.capability(arch) >= (9, 0))
+            if flags["scalar_t"] == "float" and flags["VEC"] == 4
+        )
+        ptx = nvrtc.compile("deform_conv", flags, arch).ptx
+        assert bool(re.search(r"(red|atom)\.global(\.\w+)*\.v4", ptx)) == can, arch
+
+
+def test_not_a_number_is_not_optimised_away(nvrtc: compile.NVRTC) -> None:
+    """Of all options that assume finite numbers none is given; sm_90's code still compares y with itself."""
+    ptx = nvrtc.compile("cells", compile.variants("cells", True)[0], "sm_90").ptx
+    assert re.search(r"setp\.(nan|num)", ptx)
