@@ -109,42 +109,42 @@ def touching(first, spacing, number, length, eps):  # type: ignore[no-untyped-de
 
 
 @exact
-def add_line(n, line, weight, slope, index, weights, slopes):  # type: ignore[no-untyped-def]
+def add_line(at, n, line, weight, slope, index, weights, slopes):  # type: ignore[no-untyped-def]
     """Add to a line's weight and slope; it is one of the last two or a new one. Returns the number of lines."""
-    for at in range(n - 1, max(n - 3, -1), -1):
-        if index[at] == line:
-            weights[at] += weight
-            slopes[at] += slope
+    for i in range(at + n - 1, max(at + n - 3, at - 1), -1):
+        if index[i] == line:
+            weights[i] += weight
+            slopes[i] += slope
             return n
-    index[n], weights[n], slopes[n] = line, weight, slope
+    index[at + n], weights[at + n], slopes[at + n] = line, weight, slope
     return n + 1
 
 
 @exact
-def add_point(n, v, length, weight, slope, index, weights, slopes):  # type: ignore[no-untyped-def]
+def add_point(at, n, v, length, weight, slope, index, weights, slopes):  # type: ignore[no-untyped-def]
     """Add the cell of a clamped coordinate: `weight` 1 or 0 where it counts or not, `slope` 1 or 0 where it moves."""
     cell = np.floor(v)
     line, l = np.int64(cell), v - cell
     if line >= 0:
-        n = add_line(n, line, (type(v)(1) - l) * weight, -slope, index, weights, slopes)
+        n = add_line(at, n, line, (type(v)(1) - l) * weight, -slope, index, weights, slopes)
     if line + 1 < length:
-        n = add_line(n, line + 1, l * weight, slope, index, weights, slopes)
+        n = add_line(at, n, line + 1, l * weight, slope, index, weights, slopes)
     return n
 
 
 @exact
-def lines(rule, ratio, start, size, bins, i, shift, length, index, weights, slopes):  # type: ignore[no-untyped-def]
-    """The lines of pixels that bin i touches, into index, weights and slopes: (how many, its points or pixels).
+def lines(rule, ratio, start, size, bins, i, shift, length, at, index, weights, slopes):  # type: ignore[no-untyped-def]
+    """The lines of pixels that bin i touches, into index[at:], weights and slopes: (how many, its points or pixels).
 
     `shift` moves the bin's points; it is not NaN.
     """
     real = type(start)
     n, zero, one = 0, real(0), real(1)
     last = real(length - 1)
-    if rule in (AVG, POOLED_RFCN, POOLED_TORCHVISION):
+    if rule == AVG:
         top, bottom, number = pooled_bin(rule, start, size, bins, i, length)
         for line in range(top, bottom):
-            index[n], weights[n], slopes[n] = line, one, zero
+            index[at + n], weights[at + n], slopes[at + n] = line, one, zero
             n += 1
         return n, number
     eps = np.float64(np.finfo(start).eps)
@@ -154,7 +154,7 @@ def lines(rule, ratio, start, size, bins, i, shift, length, index, weights, slop
         for j in range(np.int64(high - low)):
             v = real(first + (low + j)) + shift
             if v >= -1 and v < length:
-                n = add_point(n, v, length, one if v > -1 else zero, one, index, weights, slopes)
+                n = add_point(at, n, v, length, one if v > -1 else zero, one, index, weights, slopes)
         return n, end - first
     step = size / real(bins)
     base = (real(i) * step + start) + shift
@@ -166,7 +166,7 @@ def lines(rule, ratio, start, size, bins, i, shift, length, index, weights, slop
             if v >= -half and v <= real(length) - half:
                 number += 1
                 moves = one if v > 0 and v < last and v != np.floor(v) else zero
-                n = add_point(n, min(max(v, zero), last), length, one, moves, index, weights, slopes)
+                n = add_point(at, n, min(max(v, zero), last), length, one, moves, index, weights, slopes)
         return n, number
     number = np.float64(ratio) if ratio > 0 else max(np.float64(np.ceil(step)), 0.0)
     if number == 0:
@@ -178,5 +178,5 @@ def lines(rule, ratio, start, size, bins, i, shift, length, index, weights, slop
         v = base + ((real(k) + real(0.5)) * step) / real(number)
         if v >= -1 and v <= length:
             moves = one if v >= 0 and v < last else zero
-            n = add_point(n, min(max(v, zero), last), length, one, moves, index, weights, slopes)
+            n = add_point(at, n, min(max(v, zero), last), length, one, moves, index, weights, slopes)
     return n, number

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
+from numba.core import cgutils
 
-from dcn_kernels.cpu.jit import inner, stay_apart
+from dcn_kernels.cpu.jit import inner, intrinsic, stay_apart
 from dcn_kernels.shapes import BFLOAT16
 
 F16, BF16, F32, F64 = 0, 1, 2, 3
@@ -92,6 +92,28 @@ def _cast(builder: ir.IRBuilder, value: ir.Value, to: ir.Type) -> ir.Value:
 
 _read_f16, _read_bf16, _read_f32, _read_f64 = (_reader(code) for code in (F16, BF16, F32, F64))
 _write_f16, _write_bf16, _write_f32, _write_f64 = (_writer(code) for code in (F16, BF16, F32, F64))
+
+
+@intrinsic
+def _fetch(typingctx, address):  # type: ignore[no-untyped-def]
+    """Ask for the cache line at `address`; any address will do."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        i32, byte = ir.IntType(32), ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [byte, i32, i32, i32])
+        prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        flags = [ir.Constant(i32, 0), ir.Constant(i32, 3), ir.Constant(i32, 1)]  # to read, all caches, data
+        builder.call(prefetch, [builder.inttoptr(args[0], byte), *flags])
+        return context.get_dummy_value()
+
+    return types.void(types.intp), codegen
+
+
+@inner
+def fetch_run(address, length):  # type: ignore[no-untyped-def]
+    """Ask for `length` bytes that will be read soon and lie far from the last ones, where no machine guesses them."""
+    for at in range(address, address + length, 64):
+        _fetch(at)
 
 
 @inner

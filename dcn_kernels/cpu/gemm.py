@@ -20,9 +20,8 @@ import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
 
-from dcn_kernels.cpu.jit import inner, stay_apart
+from dcn_kernels.cpu.jit import inner, intrinsic, stay_apart
 
 _features = llvm.get_host_cpu_features()
 _machine = llvm.get_default_triple().split("-")[0]
@@ -130,9 +129,10 @@ _across_wide, _across_narrow = _tile(COLUMN_VECTORS, True), _tile(1, True)
 
 @inner
 def rows_by_panels(like, itemsize, a, rows, depth, b, columns, c, ldc):  # type: ignore[no-untyped-def]
-    """C[rows, columns] += A[rows, depth] B, with B in panels: [columns/NR][depth][NR], the last one perhaps VECTOR wide.
+    """C[rows, columns] += A[rows, depth] B, with B in panels [columns/NR][depth][NR].
 
-    a, b, c are addresses; rows is rounded up to MR, columns a multiple of VECTOR, depth at least 1 and at most DEPTH.
+    a, b, c are addresses; rows is rounded up to MR; columns is a multiple of VECTOR, and the last panel is one VECTOR
+    wide where they are no multiple of NR; depth is at least 1 and at most DEPTH.
     """
     stay_apart()
     width = VECTOR_BYTES // itemsize

@@ -6,6 +6,7 @@ file would go unnoticed. Here every source of the folder is part of the key.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,9 @@ from typing import Any
 import numba
 from numba import types
 from numba.core.caching import FunctionCache, IndexDataCacheFile
-from numba.extending import intrinsic
+from numba.extending import intrinsic as _intrinsic
+
+intrinsic: Any = _intrinsic  # mypy would hold callers in compiled code to the Python signature
 
 # Contraction and reassociation let loops use fused multiply-add and vectors. No flag that assumes there are no NaNs:
 # it would delete the checks of coordinates.
@@ -41,11 +44,9 @@ class _FolderCache(FunctionCache):
 
 def kernel(function: Callable[..., Any]) -> Any:
     """Compile a worker that Python calls: without the GIL, cached on disk."""
-    dispatcher = numba.njit(nogil=True, error_model="numpy", fastmath=FASTMATH)(function)
-    try:
+    dispatcher: Any = numba.njit(nogil=True, error_model="numpy", fastmath=FASTMATH)(function)
+    with contextlib.suppress(RuntimeError):  # no writable folder for a cache: compile in each process
         dispatcher._cache = _FolderCache(function)
-    except RuntimeError:  # no writable folder for a cache: compile in each process
-        pass
     return dispatcher
 
 

@@ -19,7 +19,8 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
+
+from dcn_kernels.cpu.jit import intrinsic
 
 _I64, _I32 = ir.IntType(64), ir.IntType(32)
 

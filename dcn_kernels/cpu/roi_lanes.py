@@ -7,6 +7,8 @@ bin come as lists of indices, weights and slopes (see bins.py). Addresses are in
     grid_spread  x_ij  += wy_i wx_j g                      its transpose
     grid_dots    part  += sum over lanes of g times (sum wy wx x, sum sy wx x, sum wy sx x)
     grid_max     to     = the maximum, and its flat index
+
+For one channel, read in place: rect_sum and rect_add, over the pixels of a bin, eight of a row at once.
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
 
+from dcn_kernels.cpu.jit import intrinsic
 from dcn_kernels.cpu.lanes import _I64, _Emit
 
 LANES = 16
@@ -162,3 +164,76 @@ def _everywhere(builder: ir.IRBuilder, value: ir.Value, kind: ir.VectorType) -> 
 
 
 grid_max, grid_argmax = _grid_max(False), _grid_max(True)
+
+
+class _Rect(_Emit):
+    """Rows of up to eight pixels, those beyond the bin left out."""
+
+    def kind(self) -> str:
+        return f"v{self.lanes}f{8 * self.itemsize}.p0"
+
+    def inside(self, start: ir.Value, columns: ir.Value) -> ir.Value:
+        index = ir.VectorType(_I64, self.lanes)
+        left = _everywhere(self.builder, self.builder.sub(columns, start), index)
+        return self.builder.icmp_signed("<", ir.Constant(index, list(range(self.lanes))), left)
+
+    def load_some(self, pointer: ir.Value, inside: ir.Value) -> ir.Value:
+        kind = ir.FunctionType(self.run, [pointer.type, ir.IntType(32), inside.type, self.run])
+        load = cgutils.get_or_insert_function(self.builder.module, kind, f"llvm.masked.load.{self.kind()}")
+        zeros = ir.Constant(self.run, [0.0] * self.lanes)
+        return self.builder.call(load, [pointer, ir.Constant(ir.IntType(32), self.itemsize), inside, zeros])
+
+    def store_some(self, value: ir.Value, pointer: ir.Value, inside: ir.Value) -> None:
+        kind = ir.FunctionType(ir.VoidType(), [self.run, pointer.type, ir.IntType(32), inside.type])
+        store = cgutils.get_or_insert_function(self.builder.module, kind, f"llvm.masked.store.{self.kind()}")
+        self.builder.call(store, [value, pointer, ir.Constant(ir.IntType(32), self.itemsize), inside])
+
+    def sum(self, run: ir.Value) -> ir.Value:
+        length = self.lanes
+        while length > 1:
+            length //= 2
+            low = list(range(length))
+            run = self.builder.fadd(self.pick(run, run, low), self.pick(run, run, [i + length for i in low]))
+        return self.builder.extract_element(run, ir.Constant(ir.IntType(32), 0))
+
+
+RECT_LANES = 8
+
+
+@_intrinsic
+def rect_sum(typingctx, like, first, width, rows, columns):  # type: ignore[no-untyped-def]
+    """The sum of `rows` x `columns` pixels from address `first` on; rows are `width` pixels apart."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        _, first, width, rows, columns = args
+        e = _Rect(builder, signature.return_type, RECT_LANES)
+        total = cgutils.alloca_once_value(builder, ir.Constant(e.run, [0.0] * e.lanes))
+        zero, step = ir.Constant(_I64, 0), ir.Constant(_I64, RECT_LANES)
+        with cgutils.for_range_slice(builder, zero, columns, step) as (j, _):
+            inside = e.inside(j, columns)
+            with cgutils.for_range(builder, rows) as i:
+                pixel = builder.add(builder.mul(i.index, width), j)
+                address = builder.add(first, builder.mul(pixel, ir.Constant(_I64, e.itemsize)))
+                builder.store(builder.fadd(builder.load(total), e.load_some(e.pointer(address), inside)), total)
+        return e.sum(builder.load(total))
+
+    return like(like, *[types.intp] * 4), codegen
+
+
+@_intrinsic
+def rect_add(typingctx, value, first, width, rows, columns):  # type: ignore[no-untyped-def]
+    """Add `value` to `rows` x `columns` pixels from address `first` on."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        value, first, width, rows, columns = args
+        e = _Rect(builder, signature.args[0], RECT_LANES)
+        run, zero, step = e.everywhere(value), ir.Constant(_I64, 0), ir.Constant(_I64, RECT_LANES)
+        with cgutils.for_range_slice(builder, zero, columns, step) as (j, _):
+            inside = e.inside(j, columns)
+            with cgutils.for_range(builder, rows) as i:
+                pixel = builder.add(builder.mul(i.index, width), j)
+                place = e.pointer(builder.add(first, builder.mul(pixel, ir.Constant(_I64, e.itemsize))))
+                e.store_some(builder.fadd(e.load_some(place, inside), run), place, inside)
+        return context.get_dummy_value()
+
+    return types.void(value, *[types.intp] * 4), codegen

@@ -20,9 +20,10 @@ import numpy as np
 from dcn_kernels.cpu import workspace
 from dcn_kernels.cpu.bins import exact, lines, start_and_size
 from dcn_kernels.cpu.convert import kind, store_run
-from dcn_kernels.cpu.deform_conv import Array, load_pixels, turn, turn_back
 from dcn_kernels.cpu.jit import inner, kernel
+from dcn_kernels.cpu.lanes import transpose16
 from dcn_kernels.cpu.roi_lanes import LANES, grid_dots, grid_mean, grid_spread
+from dcn_kernels.cpu.slabs import Array, load_pixels
 from dcn_kernels.cpu.threads import claim, get_num_threads, run
 from dcn_kernels.shapes import accumulator
 
@@ -59,89 +60,126 @@ class Wanted(NamedTuple):
     coordinates: int  # offset or mask
 
 
-# ---------------------------------------------------------------- pieces of both workers
+# ---------------------------------------------------------------- pieces of all workers
+#
+# Workers index flat arrays: a slice counts a reference, and threads that count those of one array wait for each other.
 
 
 @inner
-def load_block(s, input, n, c0, count, to, line):  # type: ignore[no-untyped-def]
-    """Stage the maps of output channels c0 .. c0 + count of image n."""
+def to_lanes(line, line_at, length, to, at):  # type: ignore[no-untyped-def]
+    """to[at + p*16 + l] = line[line_at + l*64 + p] for up to 64 pixels."""
+    itemsize = line.itemsize
+    whole = length // LANES * LANES
+    for p in range(0, whole, LANES):
+        transpose16(
+            line[0],
+            line.ctypes.data + (line_at + p) * itemsize,
+            64,
+            to.ctypes.data + (at + p * LANES) * itemsize,
+            LANES,
+        )
+    for p in range(whole, length):
+        for l in range(LANES):
+            to[at + p * LANES + l] = line[line_at + l * 64 + p]
+
+
+@inner
+def from_lanes(values, at, length, line, line_at):  # type: ignore[no-untyped-def]
+    """The inverse of to_lanes."""
+    itemsize = line.itemsize
+    whole = length // LANES * LANES
+    for p in range(0, whole, LANES):
+        transpose16(
+            line[0],
+            values.ctypes.data + (at + p * LANES) * itemsize,
+            LANES,
+            line.ctypes.data + (line_at + p) * itemsize,
+            64,
+        )
+    for p in range(whole, length):
+        for l in range(LANES):
+            line[line_at + l * 64 + p] = values[at + p * LANES + l]
+
+
+@inner
+def load_lanes(array, base, channels, row_length, length, to, at, line, line_at):  # type: ignore[no-untyped-def]
+    """to[at:] = `length` elements of each of `channels` planes, the first at address `base`, as slabs of 16 lanes."""
+    zero = line.dtype.type(0)
+    for j in range(0, channels, LANES):
+        for start in range(0, length, 64):
+            few = min(64, length - start)
+            for l in range(LANES):
+                if j + l < channels:
+                    load_pixels(line, line_at + l * 64, base + (j + l) * array.s1, array, row_length, start, few)
+                else:
+                    for p in range(few):
+                        line[line_at + l * 64 + p] = zero
+            to_lanes(line, line_at, few, to, at + j * length + start * LANES)
+
+
+@inner
+def store_lanes(values, at, channels, length, to, base, line, line_at):  # type: ignore[no-untyped-def]
+    """The inverse of load_lanes, into C-contiguous planes."""
+    for j in range(0, channels, LANES):
+        for start in range(0, length, 64):
+            few = min(64, length - start)
+            from_lanes(values, at + j * length + start * LANES, few, line, line_at)
+            for l in range(min(LANES, channels - j)):
+                store_run(line, line_at + l * 64, few, base + (j + l) * to.s1 + start * to.s3, to.kind)
+
+
+@inner
+def load_block(s, input, n, c0, count, to, at, line, line_at):  # type: ignore[no-untyped-def]
+    """Stage the maps of output channels c0 .. c0 + count of image n at to[at:]."""
     maps, pixels = s.groups_h * s.groups_w, s.H * s.W
-    base = input.address + n * input.s0
+    base = input.address + n * input.s0 + c0 * maps * input.s1
     if s.lanes == 1:
         for plane in range(count * maps):
-            load_pixels(to[plane], 0, base + (c0 * maps + plane) * input.s1, input, s.W, 0, pixels)
-        return
-    zero = line.dtype.type(0)
-    for j in range((count + LANES - 1) // LANES):
-        runs = to[j].reshape(pixels, LANES)
-        for start in range(0, pixels, 64):
-            length = min(64, pixels - start)
-            for l in range(LANES):
-                c = j * LANES + l
-                if c < count:
-                    load_pixels(line, l * 64, base + (c0 + c) * input.s1, input, s.W, start, length)
-                else:
-                    for p in range(length):
-                        line[l * 64 + p] = zero
-            turn(LANES, line, LANES, length, runs[start:])
+            load_pixels(to, at + plane * pixels, base + plane * input.s1, input, s.W, 0, pixels)
+    else:
+        load_lanes(input, base, count, s.W, pixels, to, at, line, line_at)
 
 
 @inner
-def store_block(s, values, n, c0, count, to, line):  # type: ignore[no-untyped-def]
+def store_block(s, values, at, n, c0, count, to, line, line_at):  # type: ignore[no-untyped-def]
     """The inverse of load_block, into a C-contiguous array."""
     maps, pixels = s.groups_h * s.groups_w, s.H * s.W
-    base = to.address + n * to.s0
+    base = to.address + n * to.s0 + c0 * maps * to.s1
     if s.lanes == 1:
         for plane in range(count * maps):
-            store_run(values[plane], 0, pixels, base + (c0 * maps + plane) * to.s1, to.kind)
-        return
-    for j in range((count + LANES - 1) // LANES):
-        runs = values[j].reshape(pixels, LANES)
-        for start in range(0, pixels, 64):
-            length = min(64, pixels - start)
-            turn_back(LANES, runs[start:], LANES, length, line)
-            for l in range(min(LANES, count - j * LANES)):
-                store_run(line, l * 64, length, base + (c0 + j * LANES + l) * to.s1 + start * to.s3, to.kind)
+            store_run(values, at + plane * pixels, pixels, base + plane * to.s1, to.kind)
+    else:
+        store_lanes(values, at, count, pixels, to, base, line, line_at)
 
 
 @inner
-def load_pooled(s, grad, r, c0, count, pooled, line):  # type: ignore[no-untyped-def]
-    """pooled[slab, bin, lane] = the gradients of one RoI's output channels c0 .. c0 + count."""
+def load_pooled(s, grad, r, c0, count, pooled, at, line, line_at):  # type: ignore[no-untyped-def]
+    """pooled[at:] = the gradients of one RoI's output channels c0 .. c0 + count, as [slab, bin, lane]."""
     bins = s.PH * s.PW
-    base = grad.address + r * grad.s0
+    base = grad.address + r * grad.s0 + c0 * grad.s1
     if s.lanes == 1:
         for c in range(count):
-            load_pixels(pooled[c].reshape(pooled.shape[1]), 0, base + (c0 + c) * grad.s1, grad, s.PW, 0, bins)
-        return
-    zero = line.dtype.type(0)
-    for j in range((count + LANES - 1) // LANES):
-        for start in range(0, bins, 64):
-            length = min(64, bins - start)
-            for l in range(LANES):
-                c = j * LANES + l
-                if c < count:
-                    load_pixels(line, l * 64, base + (c0 + c) * grad.s1, grad, s.PW, start, length)
-                else:
-                    for b in range(length):
-                        line[l * 64 + b] = zero
-            turn(LANES, line, LANES, length, pooled[j, start:])
+            load_pixels(pooled, at + c * bins, base + c * grad.s1, grad, s.PW, 0, bins)
+    else:
+        load_lanes(grad, base, count, s.PW, bins, pooled, at, line, line_at)
 
 
 @inner
-def store_pooled(s, pooled, r, c0, count, out, line):  # type: ignore[no-untyped-def]
+def store_pooled(s, pooled, at, r, c0, count, out, line, line_at):  # type: ignore[no-untyped-def]
     """out[r, c0 .. c0 + count] = pooled[slab, bin, lane]."""
     bins = s.PH * s.PW
-    base = out.address + r * out.s0
+    base = out.address + r * out.s0 + c0 * out.s1
     if s.lanes == 1:
-        for c in range(count):
-            store_run(pooled[c].reshape(pooled.shape[1]), 0, bins, base + (c0 + c) * out.s1, out.kind)
-        return
-    for j in range((count + LANES - 1) // LANES):
-        for start in range(0, bins, 64):
-            length = min(64, bins - start)
-            turn_back(LANES, pooled[j, start:], LANES, length, line)
-            for l in range(min(LANES, count - j * LANES)):
-                store_run(line, l * 64, length, base + (c0 + j * LANES + l) * out.s1 + start * out.s3, out.kind)
+        store_run(pooled, at, count * bins, base, out.kind)
+    else:
+        store_lanes(pooled, at, count, bins, out, base, line, line_at)
+
+
+@inner
+def score_map(s, ph, pw):  # type: ignore[no-untyped-def]
+    """Which of a class's score maps bin (ph, pw) reads."""
+    gh = min(ph * s.groups_h // s.PH, s.groups_h - 1)
+    return gh * s.groups_w + min(pw * s.groups_w // s.PW, s.groups_w - 1)
 
 
 @exact
@@ -151,32 +189,39 @@ def shift_and_reach(offset, factor, size):  # type: ignore[no-untyped-def]
 
 
 @inner
-def bin_lines(s, roi, scale, factor, offset, r, cls, ph, pw, index, weight, slope, found, number):  # type: ignore[no-untyped-def]
-    """The lines of bin (ph, pw): its columns in row pw of the lists, its rows in row PW.
+def extent(s, rois, r, scale):  # type: ignore[no-untyped-def]
+    """Where a RoI starts and its size, along y and along x."""
+    start_y, h = start_and_size(s.rule, rois[r, 2], rois[r, 4], scale)
+    start_x, w = start_and_size(s.rule, rois[r, 1], rois[r, 3], scale)
+    return start_y, h, start_x, w
+
+
+@inner
+def bin_lines(s, box, factor, offset, r, cls, ph, pw, slot, cap, index, weight, slope, found, number):  # type: ignore[no-untyped-def]
+    """The lines of bin (ph, pw): its columns in list slot + pw, its rows in list slot + PW.
 
     Returns (1 / number, is it NaN, d x / d offset, d y / d offset). Bins must come in row-major order: without
     offsets a RoI's columns are found at its first row of bins, and a row's rows at its first bin.
     """
-    real = weight.dtype.type
-    start_y, h = start_and_size(s.rule, roi[2], roi[4], scale)
-    start_x, w = start_and_size(s.rule, roi[1], roi[3], scale)
-    shift_y = shift_x = reach_y = reach_x = real(0)
+    start_y, h, start_x, w = box
+    shift_y = shift_x = reach_y = reach_x = weight.dtype.type(0)
+    columns, rows = slot + pw, slot + s.PW
     if s.shifted:
         part_h, part_w = ph * s.part_h // s.PH, pw * s.part_w // s.PW
         shift_x, reach_x = shift_and_reach(offset[r, 2 * cls, part_h, part_w], factor, w)
         shift_y, reach_y = shift_and_reach(offset[r, 2 * cls + 1, part_h, part_w], factor, h)
         if np.isnan(shift_y) or np.isnan(shift_x):
-            found[s.PW] = found[pw] = 0
-            return real(1), True, reach_x, reach_y
+            return weight.dtype.type(np.nan), True, reach_x, reach_y
     if s.shifted or ph == 0:
-        found[pw], number[pw] = lines(
-            s.rule, s.ratio, start_x, w, s.PW, pw, shift_x, s.W, index[pw], weight[pw], slope[pw]
+        found[columns], number[columns] = lines(
+            s.rule, s.ratio, start_x, w, s.PW, pw, shift_x, s.W, columns * cap, index, weight, slope
         )
     if s.shifted or pw == 0:
-        found[s.PW], number[s.PW] = lines(
-            s.rule, s.ratio, start_y, h, s.PH, ph, shift_y, s.H, index[s.PW], weight[s.PW], slope[s.PW]
+        found[rows], number[rows] = lines(
+            s.rule, s.ratio, start_y, h, s.PH, ph, shift_y, s.H, rows * cap, index, weight, slope
         )
-    return real(1 / max(number[pw] * number[s.PW], 1.0)), False, reach_x, reach_y
+    share = weight.dtype.type(1 / max(number[columns] * number[rows], 1.0))
+    return share, False, reach_x, reach_y
 
 
 # ---------------------------------------------------------------- forward
@@ -187,11 +232,14 @@ def forward_worker(  # type: ignore[no-untyped-def]
     thread, threads, sync, s, constants, units, order, first_of, rois, offset, mask, input, planes, out,
     staged, pooled, line, index, weight, slope, found, number,
 ):  # fmt: skip
-    maps, images = s.groups_h * s.groups_w, first_of.shape[0] - 1
-    columns, rows = index[thread], index[thread, s.PW].ctypes.data
-    weights_y = weight[thread, s.PW].ctypes.data
-    scale, factor = constants[0], constants[1]
-    buffer, block, at = pooled[thread], staged[thread], 0
+    maps, images, bins, pixels = s.groups_h * s.groups_w, first_of.shape[0] - 1, s.PH * s.PW, s.H * s.W
+    itemsize, scale, factor = weight.itemsize, constants[0], constants[1]
+    source = planes if s.direct else staged
+    cap, slot = index.shape[0] // found.shape[0], thread * (s.PW + 1)
+    indices, weights = index.ctypes.data, weight.ctypes.data
+    rows, row_weights = indices + (slot + s.PW) * cap * 8, weights + (slot + s.PW) * cap * itemsize
+    at = source.shape[0] // threads * thread
+    to, line_at = pooled.shape[0] // threads * thread, line.shape[0] // threads * thread
     item = claim(sync)
     while item < images * units.shape[0] * s.chunks:
         unit = item // (images * s.chunks)
@@ -202,53 +250,55 @@ def forward_worker(  # type: ignore[no-untyped-def]
         for c0 in range(units[unit, 0], last if high > low else 0, s.block):
             count = min(s.block, last - c0)
             if s.direct:
-                at = (n * s.C) + c0 * maps
+                at = (n * s.C + c0 * maps) * pixels
             else:
-                load_block(s, input, n, c0, count, block, line[thread])
+                load_block(s, input, n, c0, count, source, at, line, line_at)
             for t in range(low, high):
                 r = order[t]
+                box = extent(s, rois, r, scale)
                 for ph in range(s.PH):
                     for pw in range(s.PW):
                         share, is_nan, _, _ = bin_lines(
-                            s, rois[r], scale, factor, offset, r, cls, ph, pw,
-                            columns, weight[thread], slope[thread], found[thread], number[thread],
-                        )  # fmt: skip
-                        ny, nx = found[thread, s.PW], found[thread, pw]
-                        if is_nan:
-                            share *= np.nan
+                            s, box, factor, offset, r, cls, ph, pw, slot, cap, index, weight, slope, found, number
+                        )
                         if s.masked:
                             share *= mask[r, ph, pw]
-                        b = ph * s.PW + pw
+                        ny, nx, b = found[slot + s.PW], found[slot + pw], to + (ph * s.PW + pw) * s.lanes
                         if is_nan:
                             for j in range((count + s.lanes - 1) // s.lanes):
                                 for l in range(s.lanes):
-                                    buffer[j, b, l] = share
+                                    pooled[b + j * bins * s.lanes + l] = share
                         elif s.lanes == 1:
-                            g = min(ph * s.groups_h // s.PH, s.groups_h - 1) * s.groups_w
-                            g += min(pw * s.groups_w // s.PW, s.groups_w - 1)
+                            g = score_map(s, ph, pw)
                             for c in range(count):
-                                plane = planes[at + c * maps + g] if s.direct else block[c * maps + g]
-                                value = plane_mean(plane, s.W, index[thread], weight[thread], s.PW, ny, pw, nx)
-                                buffer[c, b, 0] = value * share
+                                plane = at + (c * maps + g) * pixels
+                                pooled[b + c * bins] = share * plane_mean(
+                                    source, plane, s.W, index, weight, (slot + s.PW) * cap, ny, (slot + pw) * cap, nx
+                                )
                         else:
+                            columns, column_weights = (
+                                indices + (slot + pw) * cap * 8,
+                                weights + (slot + pw) * cap * itemsize,
+                            )
                             for j in range((count + LANES - 1) // LANES):
                                 grid_mean(
-                                    buffer[j, b].ctypes.data, block[j].ctypes.data, s.W, rows, weights_y, ny,
-                                    columns[pw].ctypes.data, weight[thread, pw].ctypes.data, nx, share,
+                                    pooled.ctypes.data + (b + j * bins * LANES) * itemsize,
+                                    source.ctypes.data + (at + j * pixels * LANES) * itemsize,
+                                    s.W, rows, row_weights, ny, columns, column_weights, nx, share,
                                 )  # fmt: skip
-                store_pooled(s, buffer, r, c0, count, out, line[thread])
+                store_pooled(s, pooled, to, r, c0, count, out, line, line_at)
         item = claim(sync)
 
 
 @inner
-def plane_mean(plane, width, index, weight, y, ny, x, nx):  # type: ignore[no-untyped-def]
-    """sum_ij wy_i wx_j plane[row_i, column_j]; y and x are rows of the lists."""
+def plane_mean(planes, at, width, index, weight, y, ny, x, nx):  # type: ignore[no-untyped-def]
+    """sum_ij wy_i wx_j plane[row_i, column_j] of the plane at `at`; the lists of rows and columns begin at y and x."""
     total = weight.dtype.type(0)
     for i in range(ny):
-        row, part = index[y, i] * width, weight.dtype.type(0)
+        row, part = at + index[y + i] * width, weight.dtype.type(0)
         for j in range(nx):
-            part += weight[x, j] * plane[row + index[x, j]]
-        total += weight[y, i] * part
+            part += weight[x + j] * planes[row + index[x + j]]
+        total += weight[y + i] * part
     return total
 
 
@@ -261,11 +311,16 @@ def backward_worker(  # type: ignore[no-untyped-def]
     grad_planes, grad_input, part_offset, part_mask, staged, grad_staged, pooled, line, dots, index, weight, slope,
     found, number,
 ):  # fmt: skip
-    maps, images = s.groups_h * s.groups_w, first_of.shape[0] - 1
-    columns, rows = index[thread], index[thread, s.PW].ctypes.data
-    weights_y, slopes_y = weight[thread, s.PW].ctypes.data, slope[thread, s.PW].ctypes.data
-    scale, factor, zero = constants[0], constants[1], constants.dtype.type(0)
-    buffer, block, grad_block, dot, at = pooled[thread], staged[thread], grad_staged[thread], dots[thread], 0
+    maps, images, bins, pixels = s.groups_h * s.groups_w, first_of.shape[0] - 1, s.PH * s.PW, s.H * s.W
+    itemsize, scale, factor = weight.itemsize, constants[0], constants[1]
+    zero, one = constants.dtype.type(0), constants.dtype.type(1)
+    source, target = (planes if s.direct else staged), (grad_planes if s.direct else grad_staged)
+    cap, slot, dot = index.shape[0] // found.shape[0], thread * (s.PW + 1), thread * 16
+    indices, weights, slopes = index.ctypes.data, weight.ctypes.data, slope.ctypes.data
+    y = (slot + s.PW) * cap
+    source_at, target_at = source.shape[0] // threads * thread, target.shape[0] // threads * thread
+    size = target.shape[0] // threads
+    held, line_at = pooled.shape[0] // threads * thread, line.shape[0] // threads * thread
     item = claim(sync)
     while item < images * units.shape[0]:
         unit, n = item // images, item % images
@@ -273,94 +328,97 @@ def backward_worker(  # type: ignore[no-untyped-def]
         for c0 in range(units[unit, 0], last if first_of[n + 1] > first_of[n] else 0, s.block):
             count = min(s.block, last - c0)
             if s.direct:
-                at = (n * s.C) + c0 * maps
+                source_at = target_at = (n * s.C + c0 * maps) * pixels
             else:
                 if wanted.coordinates:
-                    load_block(s, input, n, c0, count, block, line[thread])
+                    load_block(s, input, n, c0, count, source, source_at, line, line_at)
                 if wanted.input:
-                    grad_block[:] = zero
+                    for i in range(target_at, target_at + size):
+                        target[i] = zero
             for t in range(first_of[n], first_of[n + 1]):
                 r = order[t]
-                load_pooled(s, grad, r, c0, count, buffer, line[thread])
+                box = extent(s, rois, r, scale)
+                load_pooled(s, grad, r, c0, count, pooled, held, line, line_at)
                 for ph in range(s.PH):
                     for pw in range(s.PW):
                         share, is_nan, reach_x, reach_y = bin_lines(
-                            s, rois[r], scale, factor, offset, r, cls, ph, pw,
-                            columns, weight[thread], slope[thread], found[thread], number[thread],
-                        )  # fmt: skip
-                        ny, nx = found[thread, s.PW], found[thread, pw]
-                        m = mask[r, ph, pw] if s.masked else constants.dtype.type(1)
-                        b = ph * s.PW + pw
-                        dot[:] = zero
+                            s, box, factor, offset, r, cls, ph, pw, slot, cap, index, weight, slope, found, number
+                        )
+                        m = mask[r, ph, pw] if s.masked else one
+                        ny, nx, x = found[slot + s.PW], found[slot + pw], (slot + pw) * cap
+                        b = held + (ph * s.PW + pw) * s.lanes
+                        dots[dot] = dots[dot + 1] = dots[dot + 2] = dots[dot + 3] = share if is_nan else zero
                         if is_nan:
-                            dot[:] = zero / zero
+                            pass
                         elif s.lanes == 1:
-                            g = min(ph * s.groups_h // s.PH, s.groups_h - 1) * s.groups_w
-                            g += min(pw * s.groups_w // s.PW, s.groups_w - 1)
+                            g = score_map(s, ph, pw)
                             for c in range(count):
+                                plane, value = (c * maps + g) * pixels, pooled[b + c * bins]
                                 if wanted.coordinates:
-                                    plane = planes[at + c * maps + g] if s.direct else block[c * maps + g]
                                     plane_dots(
-                                        plane, s.W, index[thread], weight[thread], slope[thread],
-                                        s.PW, ny, pw, nx, buffer[c, b, 0], dot,
+                                        source, source_at + plane, s.W, index, weight, slope, y, ny, x, nx, value,
+                                        dots, dot,
                                     )  # fmt: skip
                                 if wanted.input:
-                                    plane = grad_planes[at + c * maps + g] if s.direct else grad_block[c * maps + g]
                                     plane_spread(
-                                        plane, s.W, index[thread], weight[thread], s.PW, ny, pw, nx,
-                                        buffer[c, b, 0] * (share * m),
-                                    )  # fmt: skip
+                                        target, target_at + plane, s.W, index, weight, y, ny, x, nx, value * (share * m)
+                                    )
                         else:
-                            wx, sx = weight[thread, pw].ctypes.data, slope[thread, pw].ctypes.data
                             for j in range((count + LANES - 1) // LANES):
+                                run = pooled.ctypes.data + (b + j * bins * LANES) * itemsize
                                 if wanted.coordinates:
                                     grid_dots(
-                                        zero, dot.ctypes.data, buffer[j, b].ctypes.data, block[j].ctypes.data, s.W,
-                                        rows, weights_y, slopes_y, ny, columns[pw].ctypes.data, wx, sx, nx,
+                                        zero, dots.ctypes.data + dot * itemsize, run,
+                                        source.ctypes.data + (source_at + j * pixels * LANES) * itemsize, s.W,
+                                        indices + y * 8, weights + y * itemsize, slopes + y * itemsize, ny,
+                                        indices + x * 8, weights + x * itemsize, slopes + x * itemsize, nx,
                                     )  # fmt: skip
                                 if wanted.input:
                                     grid_spread(
-                                        buffer[j, b].ctypes.data, grad_block[j].ctypes.data, s.W, rows, weights_y, ny,
-                                        columns[pw].ctypes.data, wx, nx, share * m,
+                                        run, target.ctypes.data + (target_at + j * pixels * LANES) * itemsize, s.W,
+                                        indices + y * 8, weights + y * itemsize, ny,
+                                        indices + x * 8, weights + x * itemsize, nx, share * m,
                                     )  # fmt: skip
                         if wanted.coordinates:
                             if s.masked:
-                                part_mask[part, r, ph, pw] += dot[0] * share
+                                part_mask[part, r, ph, pw] += dots[dot] * share
                             if s.shifted:
                                 cell_h, cell_w = ph * s.part_h // s.PH, pw * s.part_w // s.PW
-                                part_offset[part, r, 2 * cls, cell_h, cell_w] += dot[2] * (share * m) * reach_x
-                                part_offset[part, r, 2 * cls + 1, cell_h, cell_w] += dot[1] * (share * m) * reach_y
+                                part_offset[part, r, 2 * cls, cell_h, cell_w] += dots[dot + 2] * (share * m) * reach_x
+                                part_offset[part, r, 2 * cls + 1, cell_h, cell_w] += (
+                                    dots[dot + 1] * (share * m) * reach_y
+                                )
             if wanted.input and not s.direct:
-                store_block(s, grad_block, n, c0, count, grad_input, line[thread])
+                store_block(s, target, target_at, n, c0, count, grad_input, line, line_at)
         item = claim(sync)
 
 
 @inner
-def plane_dots(plane, width, index, weight, slope, y, ny, x, nx, g, dot):  # type: ignore[no-untyped-def]
-    """dot += g times the value and its derivatives by y and x."""
+def plane_dots(planes, at, width, index, weight, slope, y, ny, x, nx, g, dots, dot):  # type: ignore[no-untyped-def]
+    """dots += g times the value and its derivatives by y and x."""
     value = slope_y = slope_x = weight.dtype.type(0)
     for i in range(ny):
-        row = index[y, i] * width
+        row = at + index[y + i] * width
         along = across = weight.dtype.type(0)
         for j in range(nx):
-            pixel = plane[row + index[x, j]]
-            along += weight[x, j] * pixel
-            across += slope[x, j] * pixel
-        value += weight[y, i] * along
-        slope_y += slope[y, i] * along
-        slope_x += weight[y, i] * across
-    dot[0] += g * value
-    dot[1] += g * slope_y
-    dot[2] += g * slope_x
+            pixel = planes[row + index[x + j]]
+            along += weight[x + j] * pixel
+            across += slope[x + j] * pixel
+        value += weight[y + i] * along
+        slope_y += slope[y + i] * along
+        slope_x += weight[y + i] * across
+    dots[dot] += g * value
+    dots[dot + 1] += g * slope_y
+    dots[dot + 2] += g * slope_x
 
 
 @inner
-def plane_spread(plane, width, index, weight, y, ny, x, nx, g):  # type: ignore[no-untyped-def]
+def plane_spread(planes, at, width, index, weight, y, ny, x, nx, g):  # type: ignore[no-untyped-def]
     """plane[row_i, column_j] += wy_i wx_j g."""
     for i in range(ny):
-        row, weighed = index[y, i] * width, weight[y, i] * g
+        row, weighed = at + index[y + i] * width, weight[y + i] * g
         for j in range(nx):
-            plane[row + index[x, j]] += weight[x, j] * weighed
+            planes[row + index[x + j]] += weight[x + j] * weighed
 
 
 # ---------------------------------------------------------------- from Python
@@ -450,34 +508,28 @@ def plan(
         np.ascontiguousarray(rois, real),
         nothing if offset is None else np.ascontiguousarray(offset, real),
         nothing[0] if mask is None else np.ascontiguousarray(mask, real),
-        input.reshape(N * C, H * W) if direct else nothing[0, 0],
+        input.reshape(-1) if direct else np.empty(0, real),
         threads,
     )
 
 
 def buffers(p: Plan, staged: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """Each thread's temporary memory, with those of the maps that are `staged`."""
+    """The threads' temporary memory as flat arrays of equal parts, with those of the maps that are `staged`."""
     s, real = p.shape, p.constants.dtype
-    slabs, pixels = s.block // s.lanes, s.H * s.W * s.lanes
     maps = s.groups_h * s.groups_w
-    per_block = (p.threads, slabs * maps, pixels)
-    lists = (p.threads, s.PW + 1, max(s.H, s.W) + 2)
-    sizes: workspace.Plan = {
-        name: (per_block if name in staged and not s.direct else (p.threads, 1, 1), real)
-        for name in ("staged", "grad_staged")
+    lists, cap = p.threads * (s.PW + 1), max(s.H, s.W) + 2
+    per_block = s.block * maps * s.H * s.W
+    lengths: dict[str, tuple[int, Any]] = {
+        "staged": (per_block if "staged" in staged and not s.direct else 0, real),
+        "grad_staged": (per_block if "grad_staged" in staged and not s.direct else 0, real),
+        "pooled": (s.block * s.PH * s.PW, real),
+        "line": (64 * LANES, real),
+        "dots": (LANES, real),  # a thread's on a cache line of their own
     }
     return workspace.allocate(
-        {
-            **sizes,
-            "pooled": ((p.threads, slabs, s.PH * s.PW, s.lanes), real),
-            "line": ((p.threads, 64 * LANES), real),
-            "dots": ((p.threads, 4), real),
-            "index": (lists, np.int64),
-            "weight": (lists, real),
-            "slope": (lists, real),
-            "found": ((p.threads, s.PW + 1), np.int64),
-            "number": ((p.threads, s.PW + 1), np.float64),
-        }
+        {name: ((p.threads * length,), dtype) for name, (length, dtype) in lengths.items()}
+        | {name: ((lists * cap,), dtype) for name, dtype in (("index", np.int64), ("weight", real), ("slope", real))}
+        | {"found": ((lists,), np.int64), "number": ((lists,), np.float64)}
     )
 
 
@@ -532,7 +584,7 @@ def mean_backward(
         for name, shape in (("offset", p.offset.shape), ("mask", p.mask.shape))
     }
     direct = p.shape.direct and wanted.input
-    grad_planes = grad_input.reshape(-1, p.shape.H * p.shape.W) if direct else np.empty((0, 0), real)
+    grad_planes = grad_input.reshape(-1) if direct else np.empty(0, real)
     run(
         backward_worker, p.threads, p.shape, wanted, p.constants, p.units, p.order, p.first_of, p.rois, p.offset,
         p.mask, array(input), p.planes, array(grad_output), grad_planes, array(grad_input), parts["offset"],

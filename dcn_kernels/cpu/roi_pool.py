@@ -13,36 +13,40 @@ import numpy as np
 
 from dcn_kernels.cpu import bins as rules
 from dcn_kernels.cpu import workspace
-from dcn_kernels.cpu.bins import MAX, pooled_bin, start_and_size
-from dcn_kernels.cpu.convert import store_run
-from dcn_kernels.cpu.deform_conv import load_pixels
+from dcn_kernels.cpu.bins import MAX, pooled_bin
 from dcn_kernels.cpu.jit import inner, kernel
-from dcn_kernels.cpu.roi_lanes import LANES, grid_argmax, grid_max
+from dcn_kernels.cpu.roi_lanes import LANES, grid_argmax, grid_max, rect_add, rect_sum
 from dcn_kernels.cpu.roi_mean import (
     Plan,
     array,
     buffers,
+    extent,
     load_block,
     load_pooled,
     mean,
     mean_backward,
     plan,
+    score_map,
     store_block,
     store_pooled,
 )
-from dcn_kernels.cpu.threads import claim, run
+from dcn_kernels.cpu.slabs import load_pixels
+from dcn_kernels.cpu.threads import barrier, claim, run
 from dcn_kernels.shapes import argmax_error
 
 
 @inner
-def edges_of(s, roi, scale, edges):  # type: ignore[no-untyped-def]
-    """The bins' edges on the map: edges[0, ph] <= y < edges[1, ph], edges[2, pw] <= x < edges[3, pw]."""
-    start_y, h = start_and_size(MAX, roi[2], roi[4], scale)
-    start_x, w = start_and_size(MAX, roi[1], roi[3], scale)
+def find_edges(s, rois, r, scale, edges, at):  # type: ignore[no-untyped-def]
+    """A RoI's bins on the map into edges[at:]: the first and last rows of each ph, then the columns of each pw."""
+    start_y, h, start_x, w = extent(s, rois, r, scale)
     for ph in range(s.PH):
-        edges[0, ph], edges[1, ph], _ = pooled_bin(MAX, start_y, h, s.PH, ph, s.H)
+        edges[at + 2 * ph], edges[at + 2 * ph + 1], _ = pooled_bin(s.rule, start_y, h, s.PH, ph, s.H)
+    at += 2 * s.PH
     for pw in range(s.PW):
-        edges[2, pw], edges[3, pw], _ = pooled_bin(MAX, start_x, w, s.PW, pw, s.W)
+        edges[at + 2 * pw], edges[at + 2 * pw + 1], _ = pooled_bin(s.rule, start_x, w, s.PW, pw, s.W)
+
+
+# ---------------------------------------------------------------- maxima
 
 
 @kernel
@@ -50,8 +54,11 @@ def max_worker(  # type: ignore[no-untyped-def]
     thread, threads, sync, s, constants, units, order, first_of, rois, input, out, argmax, with_argmax,
     staged, pooled, line, edges, where,
 ):  # fmt: skip
-    images, zero, bins = first_of.shape[0] - 1, constants.dtype.type(0), s.PH * s.PW
-    buffer, block, edge, found = pooled[thread], staged[thread], edges[thread], where[thread]
+    images, bins, pixels = first_of.shape[0] - 1, s.PH * s.PW, s.H * s.W
+    zero, itemsize = constants.dtype.type(0), constants.itemsize
+    block, to = staged.shape[0] // threads * thread, pooled.shape[0] // threads * thread
+    edge, line_at = edges.shape[0] // threads * thread, line.shape[0] // threads * thread
+    found = where.shape[0] // threads * thread
     item = claim(sync)
     while item < images * units.shape[0] * s.chunks:
         unit = item // (images * s.chunks)
@@ -60,32 +67,35 @@ def max_worker(  # type: ignore[no-untyped-def]
         here = first_of[n + 1] - first_of[n]
         low, high = first_of[n] + here * chunk // s.chunks, first_of[n] + here * (chunk + 1) // s.chunks
         if high > low:
-            load_block(s, input, n, c0, count, block, line[thread])
+            load_block(s, input, n, c0, count, staged, block, line, line_at)
         for t in range(low, high):
             r = order[t]
-            edges_of(s, rois[r], constants[0], edge)
+            find_edges(s, rois, r, constants[0], edges, edge)
             for j in range((count + LANES - 1) // LANES):
-                x = block[j].ctypes.data
+                x = staged.ctypes.data + (block + j * pixels * LANES) * itemsize
                 for ph in range(s.PH):
-                    top, bottom = edge[0, ph], edge[1, ph]
+                    top, bottom = edges[edge + 2 * ph], edges[edge + 2 * ph + 1]
                     for pw in range(s.PW):
-                        left, right = edge[2, pw], edge[3, pw]
+                        columns = edge + 2 * (s.PH + pw)
+                        left, right = edges[columns], edges[columns + 1]
                         b = ph * s.PW + pw
+                        held = to + (j * bins + b) * LANES
                         if bottom <= top or right <= left:
                             for l in range(LANES):
-                                buffer[j, b, l] = zero
-                                found[b, l] = -1
+                                pooled[held + l] = zero
+                                where[found + b * LANES + l] = -1
                         elif with_argmax:
                             grid_argmax(
-                                zero, buffer[j, b].ctypes.data, found[b].ctypes.data, x, s.W, top, bottom, left, right
-                            )
+                                zero, pooled.ctypes.data + held * itemsize,
+                                where.ctypes.data + (found + b * LANES) * 8, x, s.W, top, bottom, left, right,
+                            )  # fmt: skip
                         else:
-                            grid_max(zero, buffer[j, b].ctypes.data, 0, x, s.W, top, bottom, left, right)
+                            grid_max(zero, pooled.ctypes.data + held * itemsize, 0, x, s.W, top, bottom, left, right)
                 if with_argmax:
                     for l in range(min(LANES, count - j * LANES)):
                         for b in range(bins):
-                            argmax[r, c0 + j * LANES + l, b] = found[b, l]
-            store_pooled(s, buffer, r, c0, count, out, line[thread])
+                            argmax[r, c0 + j * LANES + l, b] = where[found + b * LANES + l]
+            store_pooled(s, pooled, to, r, c0, count, out, line, line_at)
         item = claim(sync)
 
 
@@ -94,64 +104,172 @@ def max_backward_worker(  # type: ignore[no-untyped-def]
     thread, threads, sync, s, constants, units, order, first_of, rois, input, grad, grad_input,
     staged, grad_staged, pooled, line, edges, where,
 ):  # fmt: skip
-    images, zero = first_of.shape[0] - 1, constants.dtype.type(0)
-    buffer, block, grad_block = pooled[thread], staged[thread], grad_staged[thread]
-    edge, found = edges[thread], where[thread]
+    images, bins, pixels = first_of.shape[0] - 1, s.PH * s.PW, s.H * s.W
+    zero, itemsize = constants.dtype.type(0), constants.itemsize
+    block, size = staged.shape[0] // threads * thread, staged.shape[0] // threads
+    held, edge = pooled.shape[0] // threads * thread, edges.shape[0] // threads * thread
+    found, line_at = where.shape[0] // threads * thread, line.shape[0] // threads * thread
+    unused = line.ctypes.data + line_at * itemsize  # where the maximum itself goes
     item = claim(sync)
     while item < images * units.shape[0]:
         unit, n = item // images, item % images
         c0, count = units[unit, 0], units[unit, 1]
         if first_of[n + 1] > first_of[n]:
-            load_block(s, input, n, c0, count, block, line[thread])
-            grad_block[:] = zero
-            for t in range(first_of[n], first_of[n + 1]):
-                r = order[t]
-                edges_of(s, rois[r], constants[0], edge)
-                load_pooled(s, grad, r, c0, count, buffer, line[thread])
-                for j in range((count + LANES - 1) // LANES):
-                    x, to = block[j].ctypes.data, grad_block[j]
-                    for ph in range(s.PH):
-                        top, bottom = edge[0, ph], edge[1, ph]
-                        for pw in range(s.PW):
-                            left, right = edge[2, pw], edge[3, pw]
-                            if bottom > top and right > left:
-                                b = ph * s.PW + pw
-                                at, unused = found[b].ctypes.data, line[thread].ctypes.data  # the maximum itself
-                                grid_argmax(zero, unused, at, x, s.W, top, bottom, left, right)
-                                for l in range(LANES):
-                                    to[found[b, l] * LANES + l] += buffer[j, b, l]
-            store_block(s, grad_block, n, c0, count, grad_input, line[thread])
+            load_block(s, input, n, c0, count, staged, block, line, line_at)
+            for i in range(block, block + size):
+                grad_staged[i] = zero
+        for t in range(first_of[n], first_of[n + 1]):
+            r = order[t]
+            find_edges(s, rois, r, constants[0], edges, edge)
+            load_pooled(s, grad, r, c0, count, pooled, held, line, line_at)
+            for j in range((count + LANES - 1) // LANES):
+                slab = block + j * pixels * LANES
+                for ph in range(s.PH):
+                    top, bottom = edges[edge + 2 * ph], edges[edge + 2 * ph + 1]
+                    for pw in range(s.PW):
+                        columns = edge + 2 * (s.PH + pw)
+                        left, right = edges[columns], edges[columns + 1]
+                        if bottom > top and right > left:
+                            x = staged.ctypes.data + slab * itemsize
+                            grid_argmax(zero, unused, where.ctypes.data + found * 8, x, s.W, top, bottom, left, right)
+                            b = held + (j * bins + ph * s.PW + pw) * LANES
+                            for l in range(LANES):
+                                grad_staged[slab + where[found + l] * LANES + l] += pooled[b + l]
+        if first_of[n + 1] > first_of[n]:
+            store_block(s, grad_staged, block, n, c0, count, grad_input, line, line_at)
         item = claim(sync)
 
 
 @kernel
 def argmax_backward_worker(  # type: ignore[no-untyped-def]
-    thread, threads, sync, s, units, order, first_of, argmax, grad, grad_input, grad_staged, line, wrong
+    thread, threads, sync, s, units, order, first_of, argmax, grad, grad_input, grad_staged, pooled, wrong
 ):
     """With a given argmax; wrong[thread] becomes an index that is no pixel's, if there is one."""
     images, bins, pixels = first_of.shape[0] - 1, s.PH * s.PW, s.H * s.W
-    planes, row = grad_staged[thread], line[thread]
+    block, size = grad_staged.shape[0] // threads * thread, grad_staged.shape[0] // threads
+    held = pooled.shape[0] // threads * thread
     item = claim(sync)
     while item < images * units.shape[0]:
         unit, n = item // images, item % images
         c0, count = units[unit, 0], units[unit, 1]
-        base = grad_input.address + n * grad_input.s0
         if first_of[n + 1] > first_of[n]:
-            planes[:] = planes.dtype.type(0)
+            for i in range(block, block + size):
+                grad_staged[i] = grad_staged.dtype.type(0)
             for t in range(first_of[n], first_of[n + 1]):
                 r = order[t]
                 for c in range(count):
-                    load_pixels(row, 0, grad.address + r * grad.s0 + (c0 + c) * grad.s1, grad, s.PW, 0, bins)
-                    to = planes[c]
+                    base = grad.address + r * grad.s0 + (c0 + c) * grad.s1
+                    load_pixels(pooled, held, base, grad, s.PW, 0, bins)
                     for b in range(bins):
                         at = argmax[r, c0 + c, b]
                         if 0 <= at < pixels:
-                            to[at] += row[b]
+                            grad_staged[block + c * pixels + at] += pooled[held + b]
                         elif at != -1:
                             wrong[thread] = at
-            for c in range(count):
-                store_run(planes[c], 0, pixels, base + (c0 + c) * grad_input.s1, grad_input.kind)
+            store_block(s, grad_staged, block, n, c0, count, grad_input, pooled, held)
         item = claim(sync)
+
+
+# ---------------------------------------------------------------- means over pixels of score maps
+
+
+@kernel
+def rect_worker(  # type: ignore[no-untyped-def]
+    thread, threads, sync, s, constants, units, order, first_of, rois, input, planes, out, staged, pooled, line, edges
+):  # fmt: skip
+    """ps_roi_pool: one channel at a time, eight pixels of a row at once. The bins' edges are found once for all."""
+    all_edges(thread, threads, sync, s, constants, rois, edges)
+    maps, images, bins, pixels = s.groups_h * s.groups_w, first_of.shape[0] - 1, s.PH * s.PW, s.H * s.W
+    zero, one, itemsize = constants.dtype.type(0), constants.dtype.type(1), constants.itemsize
+    source = planes if s.direct else staged
+    at = source.shape[0] // threads * thread
+    to, line_at = pooled.shape[0] // threads * thread, line.shape[0] // threads * thread
+    per_roi = edges.shape[0] // rois.shape[0]
+    item = claim(sync)
+    while item < images * units.shape[0] * s.chunks:
+        unit = item // (images * s.chunks)
+        n, chunk = item % (images * s.chunks) // s.chunks, item % s.chunks
+        c0, count = units[unit, 0], units[unit, 1]
+        here = first_of[n + 1] - first_of[n]
+        low, high = first_of[n] + here * chunk // s.chunks, first_of[n] + here * (chunk + 1) // s.chunks
+        if s.direct:
+            at = (n * s.C + c0 * maps) * pixels
+        elif high > low:
+            load_block(s, input, n, c0, count, source, at, line, line_at)
+        for t in range(low, high):
+            r = order[t]
+            edge = r * per_roi
+            for ph in range(s.PH):
+                top, bottom = edges[edge + 2 * ph], edges[edge + 2 * ph + 1]
+                for pw in range(s.PW):
+                    columns = edge + 2 * (s.PH + pw)
+                    left, right = edges[columns], edges[columns + 1]
+                    plane = at + score_map(s, ph, pw) * pixels + top * s.W + left
+                    number = (bottom - top) * (right - left)
+                    share = one / constants.dtype.type(max(number, 1))
+                    for c in range(count):
+                        total = zero
+                        if number:
+                            first = source.ctypes.data + (plane + c * maps * pixels) * itemsize
+                            total = rect_sum(zero, first, s.W, bottom - top, right - left) * share
+                        pooled[to + c * bins + ph * s.PW + pw] = total
+            store_pooled(s, pooled, to, r, c0, count, out, line, line_at)
+        item = claim(sync)
+
+
+@kernel
+def rect_backward_worker(  # type: ignore[no-untyped-def]
+    thread, threads, sync, s, constants, units, order, first_of, rois, grad, grad_input, grad_planes, grad_staged,
+    pooled, line, edges,
+):  # fmt: skip
+    all_edges(thread, threads, sync, s, constants, rois, edges)
+    maps, images, bins, pixels = s.groups_h * s.groups_w, first_of.shape[0] - 1, s.PH * s.PW, s.H * s.W
+    zero, one, itemsize = constants.dtype.type(0), constants.dtype.type(1), constants.itemsize
+    target = grad_planes if s.direct else grad_staged
+    at, size = target.shape[0] // threads * thread, target.shape[0] // threads
+    held, line_at = pooled.shape[0] // threads * thread, line.shape[0] // threads * thread
+    per_roi = edges.shape[0] // rois.shape[0]
+    item = claim(sync)
+    while item < images * units.shape[0]:
+        unit, n = item // images, item % images
+        c0, count = units[unit, 0], units[unit, 1]
+        some = first_of[n + 1] > first_of[n]
+        if s.direct:
+            at = (n * s.C + c0 * maps) * pixels
+        elif some:
+            for i in range(at, at + size):
+                target[i] = zero
+        for t in range(first_of[n], first_of[n + 1]):
+            r = order[t]
+            edge = r * per_roi
+            load_pooled(s, grad, r, c0, count, pooled, held, line, line_at)
+            for ph in range(s.PH):
+                top, bottom = edges[edge + 2 * ph], edges[edge + 2 * ph + 1]
+                for pw in range(s.PW):
+                    columns = edge + 2 * (s.PH + pw)
+                    left, right = edges[columns], edges[columns + 1]
+                    plane = at + score_map(s, ph, pw) * pixels + top * s.W + left
+                    number = (bottom - top) * (right - left)
+                    share = one / constants.dtype.type(max(number, 1))
+                    for c in range(count if number else 0):
+                        first = target.ctypes.data + (plane + c * maps * pixels) * itemsize
+                        value = pooled[held + c * bins + ph * s.PW + pw] * share
+                        rect_add(value, first, s.W, bottom - top, right - left)
+        if some and not s.direct:
+            store_block(s, target, at, n, c0, count, grad_input, line, line_at)
+        item = claim(sync)
+
+
+@inner
+def all_edges(thread, threads, sync, s, constants, rois, edges):  # type: ignore[no-untyped-def]
+    """Every RoI's edges, found by all threads together."""
+    per_roi = edges.shape[0] // rois.shape[0]
+    for r in range(thread, rois.shape[0], threads):
+        find_edges(s, rois, r, constants[0], edges, r * per_roi)
+    barrier(threads, sync)
+
+
+# ---------------------------------------------------------------- from Python
 
 
 def roi_pool(
@@ -175,10 +293,10 @@ def roi_pool(
     if out.size:
         p = plan(input, rois, None, None, **_max(output_size, spatial_scale))
         b = buffers(p, ("staged",))
-        edges, where = _bin_buffers(p)
+        e = _bin_buffers(p)
         run(
             max_worker, p.threads, p.shape, p.constants, p.units, p.order, p.first_of, p.rois, array(input),
-            array(out), argmax, int(return_argmax), b["staged"], b["pooled"], b["line"], edges, where,
+            array(out), argmax, int(return_argmax), b["staged"], b["pooled"], b["line"], e["edges"], e["where"],
         )  # fmt: skip
     return (out, argmax.reshape(shape)) if return_argmax else out
 
@@ -187,16 +305,11 @@ def _max(output_size: tuple[int, int], spatial_scale: float) -> dict[str, Any]:
     return {"rule": MAX, "ratio": 0, "output_size": output_size, "spatial_scale": spatial_scale, "lanes": LANES}
 
 
-def _bin_buffers(p: Plan) -> tuple[np.ndarray, np.ndarray]:
+def _bin_buffers(p: Plan) -> dict[str, np.ndarray]:
     """Each thread's edges of a RoI's bins, and the places of the maxima of one slab."""
     s = p.shape
-    made = workspace.allocate(
-        {
-            "edges": ((p.threads, 4, max(s.PH, s.PW)), np.int64),
-            "where": ((p.threads, s.PH * s.PW, LANES), np.int64),
-        }
-    )
-    return made["edges"], made["where"]
+    lengths = {"edges": 2 * (s.PH + s.PW), "where": s.PH * s.PW * LANES}
+    return workspace.allocate({name: ((p.threads * length,), np.int64) for name, length in lengths.items()})
 
 
 def roi_pool_backward(
@@ -232,15 +345,16 @@ def roi_pool_backward(
         places = np.ascontiguousarray(argmax).reshape(*argmax.shape[:2], -1)
         run(
             argmax_backward_worker, p.threads, p.shape, p.units, p.order, p.first_of, places, array(grad_output),
-            array(grad_input), b["grad_staged"], b["pooled"].reshape(p.threads, -1), wrong,
+            array(grad_input), b["grad_staged"], b["pooled"], wrong,
         )  # fmt: skip
         if (wrong != -1).any():
             raise argmax_error("roi_pool", input.shape[2] * input.shape[3], int(wrong[wrong != -1][0]))
         return {"input": grad_input}
-    edges, where = _bin_buffers(p)
+    e = _bin_buffers(p)
     run(
         max_backward_worker, p.threads, p.shape, p.constants, p.units, p.order, p.first_of, p.rois, array(input),
-        array(grad_output), array(grad_input), b["staged"], b["grad_staged"], b["pooled"], b["line"], edges, where,
+        array(grad_output), array(grad_input), b["staged"], b["grad_staged"], b["pooled"], b["line"], e["edges"],
+        e["where"],
     )  # fmt: skip
     return {"input": grad_input}
 
@@ -257,7 +371,21 @@ def ps_roi_pool(
     **_: Any,
 ) -> np.ndarray:
     """Returns (R, C/(G*G), PH, PW)."""
-    return mean(input, rois, out=out, **_ps(output_size, spatial_scale, group_size, convention))
+    if out is None:
+        out = np.empty((len(rois), input.shape[1] // (group_size[0] * group_size[1]), *output_size), input.dtype)
+    if out.size:
+        p = plan(input, rois, None, None, **_ps(output_size, spatial_scale, group_size, convention))
+        b = buffers(p, ("staged",))
+        run(
+            rect_worker, p.threads, p.shape, p.constants, p.units, p.order, p.first_of, p.rois, array(input), p.planes,
+            array(out), b["staged"], b["pooled"], b["line"], _all_edges(p),
+        )  # fmt: skip
+    return out
+
+
+def _all_edges(p: Plan) -> np.ndarray:
+    length = len(p.rois) * 2 * (p.shape.PH + p.shape.PW)
+    return workspace.allocate({"edges": ((length,), np.int64)})["edges"]
 
 
 def ps_roi_pool_backward(
@@ -273,8 +401,17 @@ def ps_roi_pool_backward(
     **_: Any,
 ) -> dict[str, np.ndarray]:
     """Returns argument name -> gradient."""
-    options = _ps(output_size, spatial_scale, group_size, convention)
-    return mean_backward(grad_output, input, rois, wrt=wrt, **options)
+    grad_input = np.zeros(input.shape, input.dtype)
+    if grad_output.size:
+        p = plan(input, rois, None, None, **_ps(output_size, spatial_scale, group_size, convention), backward=True)
+        b = buffers(p, ("grad_staged",))
+        grad_planes = grad_input.reshape(-1) if p.shape.direct else np.empty(0, p.constants.dtype)
+        run(
+            rect_backward_worker, p.threads, p.shape, p.constants, p.units, p.order, p.first_of, p.rois,
+            array(grad_output), array(grad_input), grad_planes, b["grad_staged"], b["pooled"], b["line"],
+            _all_edges(p),
+        )  # fmt: skip
+    return {"input": grad_input}
 
 
 def _ps(
@@ -282,7 +419,7 @@ def _ps(
 ) -> dict[str, Any]:
     rule = rules.POOLED_RFCN if convention == "rfcn" else rules.POOLED_TORCHVISION
     common = {"output_size": output_size, "spatial_scale": spatial_scale}
-    return {"rule": rule, "ratio": 0, "groups": group_size, **common}
+    return {"rule": rule, "ratio": 0, "groups": group_size, "lanes": 1, **common}
 
 
 def roi_align(

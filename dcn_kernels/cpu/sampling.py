@@ -13,9 +13,8 @@ from typing import Any
 
 import numpy as np
 from numba import types
-from numba.extending import intrinsic
 
-from dcn_kernels.cpu.jit import inner, stay_apart
+from dcn_kernels.cpu.jit import inner, intrinsic, stay_apart
 
 Limits = tuple[float, float, float, float, float, float]
 

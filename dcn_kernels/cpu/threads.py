@@ -18,9 +18,8 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
 
-from dcn_kernels.cpu.jit import inner
+from dcn_kernels.cpu.jit import inner, intrinsic
 
 _WAITING, _GENERATION, _CLAIMED = 0, 8, 16  # each on a cache line of its own
 _SYNC_SIZE = 24

@@ -83,9 +83,9 @@ def corners(y: np.ndarray, x: np.ndarray, height: int, width: int, border: str) 
             weight_y = np.where(nan, np.nan, np.where(moves_y, dy * gx, 0.0))
             weight_x = np.where(nan, np.nan, np.where(moves_x, gy * dx, 0.0))
             parts.append((np.where(inside, iy, 0), np.where(inside, ix, 0), inside, weight, weight_y, weight_x))
-    rows_, columns_, inside_, *weights = (np.stack(part) for part in zip(*parts, strict=True))
+    iy, ix, inside, weight, weight_y, weight_x = (np.stack(part) for part in zip(*parts, strict=True))
     still = (~value & ~nan, ~moves_y & ~nan, ~moves_x & ~nan)
-    return Corners(rows_.astype(np.int64), columns_.astype(np.int64), inside_, *weights, still)
+    return Corners(iy.astype(np.int64), ix.astype(np.int64), inside, weight, weight_y, weight_x, still)
 
 
 def read(plane: np.ndarray, at: Corners) -> np.ndarray:

@@ -1,0 +1,158 @@
+"""Channels cut into slabs, and images staged slab by slab, channels-last.
+
+A slab is 8 or 16 channels that share a convolution group and an offset group. Staged, an image is
+[slab][pixel][lane] in the kernels' own type, with a pixel of zeros at its end: the channels of a pixel are one run
+of memory, and one slab's image fits a cache.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+
+from dcn_kernels.cpu.convert import kind, load_run, store_run
+from dcn_kernels.cpu.jit import inner, stay_apart
+from dcn_kernels.cpu.lanes import transpose8, transpose16
+
+
+class Array(NamedTuple):
+    """An array of any dtype and strides, as a kernel takes it; address 0 is an absent one."""
+
+    address: int
+    kind: int
+    s0: int  # strides in bytes
+    s1: int
+    s2: int
+    s3: int
+
+
+def described(array: np.ndarray | None) -> Array:
+    """An array of up to four dimensions as an `Array`."""
+    if array is None:
+        return Array(0, 0, 0, 0, 0, 0)
+    s0, s1, s2, s3 = (*array.strides, 0, 0, 0)[:4]
+    return Array(array.ctypes.data, kind(array), s0, s1, s2, s3)
+
+
+class Slabs(NamedTuple):
+    """How the channels are cut."""
+
+    lanes: int
+    table: np.ndarray  # (slabs, 4): first channel, channels, convolution group, offset group
+    of_group: np.ndarray  # (groups + 1,): the first slab of each convolution group
+    of_offset: np.ndarray  # (OG + 1,): the first slab of each offset group
+
+
+@lru_cache(maxsize=256)
+def cut(C: int, groups: int, OG: int) -> Slabs:
+    """Cut C channels into slabs, none of which straddles a convolution group or an offset group."""
+    edges = sorted({*range(0, C + 1, C // groups), *range(0, C + 1, C // OG)})
+    runs = list(pairwise(edges))
+    padded = {lanes: sum(-(-(end - start) // lanes) * lanes for start, end in runs) for lanes in (16, 8)}
+    lanes = min(padded, key=lambda each: padded[each])
+    rows = [
+        (first, min(lanes, end - first), start // (C // groups), start // (C // OG))
+        for start, end in runs
+        for first in range(start, end, lanes)
+    ]
+    table = np.array(rows, np.int64)
+    of_group = np.searchsorted(table[:, 2], np.arange(groups + 1)).astype(np.int64)
+    of_offset = np.searchsorted(table[:, 3], np.arange(OG + 1)).astype(np.int64)
+    return Slabs(lanes, table, of_group, of_offset)
+
+
+@inner
+def stage(s, input, n, b, slab, slabs, staged, block):  # type: ignore[no-untyped-def]
+    """Copy one slab of image n to staged[b, slab] channels-last, with a pixel of zeros at its end."""
+    stay_apart()
+    first, count = slabs[slab, 0], slabs[slab, 1]
+    plane = staged[b, slab]
+    zero = block.dtype.type(0)
+    pixels = s.H * s.W
+    for start in range(0, pixels, 64):
+        length = min(64, pixels - start)
+        for c in range(count):
+            base = input.address + n * input.s0 + (first + c) * input.s1
+            load_pixels(block, c * 64, base, input, s.W, start, length)
+        for c in range(count, s.lanes):
+            for p in range(length):
+                block[c * 64 + p] = zero
+        turn(s.lanes, block, s.lanes, length, plane[start:])
+    for c in range(s.lanes):
+        plane[pixels, c] = zero
+
+
+@inner
+def unstage(s, grad_staged, b, slab, slabs, n, grad_input, block):  # type: ignore[no-untyped-def]
+    """grad_input[n, channels of the slab] = the staged gradient, back to NCHW."""
+    stay_apart()
+    first, count = slabs[slab, 0], slabs[slab, 1]
+    plane = grad_staged[b, slab]
+    pixels = s.H * s.W
+    for start in range(0, pixels, 64):
+        length = min(64, pixels - start)
+        turn_back(s.lanes, plane[start:], s.lanes, length, block)
+        for c in range(count):
+            to = grad_input.address + ((n * s.C + first + c) * pixels + start) * grad_input.s3
+            store_run(block, c * 64, length, to, grad_input.kind)
+
+
+@inner
+def turn(lanes, block, channels, pixels, runs):  # type: ignore[no-untyped-def]
+    """runs[p, c] = block[c*64 + p] for a block of up to 64 pixels; channels a multiple of lanes."""
+    stay_apart()
+    like, itemsize = block[0], block.itemsize
+    row = runs.strides[0] // itemsize
+    whole = pixels // lanes * lanes
+    for c in range(0, channels, lanes):
+        for p in range(0, whole, lanes):
+            source, target = block.ctypes.data + (c * 64 + p) * itemsize, runs.ctypes.data + (p * row + c) * itemsize
+            if lanes == 16:
+                transpose16(like, source, 64, target, row)
+            else:
+                transpose8(like, source, 64, target, row)
+        for p in range(whole, pixels):
+            for i in range(c, c + lanes):
+                runs[p, i] = block[i * 64 + p]
+
+
+@inner
+def turn_back(lanes, runs, channels, pixels, block):  # type: ignore[no-untyped-def]
+    """block[c*64 + p] = runs[p, c]: the inverse of `turn`."""
+    stay_apart()
+    like, itemsize = block[0], block.itemsize
+    row = runs.strides[0] // itemsize
+    whole = pixels // lanes * lanes
+    for c in range(0, channels, lanes):
+        for p in range(0, whole, lanes):
+            source, target = runs.ctypes.data + (p * row + c) * itemsize, block.ctypes.data + (c * 64 + p) * itemsize
+            if lanes == 16:
+                transpose16(like, source, row, target, 64)
+            else:
+                transpose8(like, source, row, target, 64)
+        for p in range(whole, pixels):
+            for i in range(c, c + lanes):
+                block[i * 64 + p] = runs[p, i]
+
+
+@inner
+def load_pixels(to, at, base, array, row_length, start, count):  # type: ignore[no-untyped-def]
+    """to[at:] = pixels start .. start + count, row-major, of the plane at address base."""
+    stay_apart()
+    if array.s2 == row_length * array.s3:
+        load_run(to, at, base + start * array.s3, array.s3, count, array.kind)
+        return
+    done = 0
+    while done < count:
+        row, column = (start + done) // row_length, (start + done) % row_length
+        length = min(row_length - column, count - done)
+        load_run(to, at + done, base + row * array.s2 + column * array.s3, array.s3, length, array.kind)
+        done += length
+
+
+@inner
+def round_up(value, multiple):  # type: ignore[no-untyped-def]
+    return (value + multiple - 1) // multiple * multiple
