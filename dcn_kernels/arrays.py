@@ -40,6 +40,10 @@ class Taken:
     def _give(self, array: Any) -> Any:
         if self.framework in ("numpy", "cupy"):
             return array
+        if self.backend == "cuda":
+            from dcn_kernels.cuda import arrays as cuda_arrays
+
+            return cuda_arrays.from_cupy(array, self.framework)
         if self.framework == "torch":
             return _to_torch(array)
         if self.framework == "jax":

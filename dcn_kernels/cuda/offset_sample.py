@@ -61,24 +61,21 @@ def offset_sample2d_backward(
     if deterministic and "input" in grads:
         _gather_input(device, grads["input"], grad_output, input, offset, border, workspace_bytes)
     if scatters or "offset" in grads:
-        N = input.shape[0]
-        sums, images = None, N
-        if scatters:
-            sums, images = _sums(device, grads["input"], workspace_bytes)
+        N, target = input.shape[0], None
+        sums, images = _sums(device, grads["input"], workspace_bytes) if scatters else (None, N)
         for first in range(0, N, images):
             some = slice(first, min(first + images, N))
             s = _tile(input[some], offset[some], border)
-            target = None
-            if scatters:
-                target = sums[: some.stop - first] if sums is not grads["input"] else sums[some]
+            if sums is not None:
+                target = sums[some] if sums is grads["input"] else sums[: some.stop - first]
                 device.clear(target)
                 set_strides(s, "grad", target)
             strides = (np.int64(stride // grad_output.dtype.itemsize) for stride in grad_output.strides)
-            arrays = (grad_output[some], input[some], offset[some], target)
             grad_offset = grads["offset"][some] if "offset" in grads else None
-            args = (*arrays, grad_offset, *strides, s)
-            device.launch(BUILD, "resample_gradients", _flags(input, offset), _blocks(s), THREADS, args, op=OP)
-            if scatters and sums is not grads["input"]:
+            arrays = (grad_output[some], input[some], offset[some], target, grad_offset)
+            flags, args = _flags(input, offset), (*arrays, *strides, s)
+            device.launch(BUILD, "resample_gradients", flags, _blocks(s), THREADS, args, op=OP)
+            if sums is not None and sums is not grads["input"]:
                 copy(device, target, grads["input"][some], op=OP)
     return grads
 
