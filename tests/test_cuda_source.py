@@ -1,16 +1,22 @@
-"""The CUDA sources as text, and what NVRTC makes of them without a GPU."""
+"""The CUDA sources as text, what NVRTC makes of them, and what cuBLAS is asked for: all without a GPU."""
 
 from __future__ import annotations
 
+import ctypes
+import itertools
 import re
 import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import ml_dtypes
+import numpy as np
 import pytest
 
 from dcn_kernels.cuda import compile
+from dcn_kernels.cuda.device import Device
+from dcn_kernels.shapes import DTYPES
 
 FOLDER = compile.FOLDER
 
@@ -55,15 +61,20 @@ def test_every_header_is_pasted_in(stem: str) -> None:
 def test_edited_header_changes_what_is_compiled(copied: Path, header: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """CuPy's cache is keyed by the text that it is given: what it is given must hold the edit."""
     given: list[str] = []
-    cupy = SimpleNamespace(RawModule=lambda code, options, backend: given.append(code))
+
+    def raw_module(code: str, options: tuple[str, ...], backend: str) -> SimpleNamespace:
+        given.append(code)
+        return SimpleNamespace(get_function=lambda name: None)
+
+    cupy = SimpleNamespace(RawModule=raw_module)
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     users = [stem for stem in compile.FILES if f'"{header}"' in compile.source(stem)]
     assert users
     for stem in users:
-        compile._module.__wrapped__(stem, ())
+        compile._function.__wrapped__(stem, (), "copy")
     append(copied / header, "// edited\n")
     for stem in users:
-        compile._module.__wrapped__(stem, ())
+        compile._function.__wrapped__(stem, (), "copy")
     before, after = given[: len(users)], given[len(users) :]
     assert all(one != two and "// edited" in two for one, two in zip(before, after, strict=True))
 
@@ -143,3 +154,111 @@ def test_not_a_number_is_not_optimised_away(nvrtc: compile.NVRTC) -> None:
     """Of all options that assume finite numbers none is given; sm_90's code still compares y with itself."""
     ptx = nvrtc.compile("cells", compile.variants("cells", True)[0], "sm_90").ptx
     assert re.search(r"setp\.(nan|num)", ptx)
+
+
+# ---------------------------------------------------------------- what cuBLAS is asked for
+
+
+class GPUArray(np.ndarray):
+    """A NumPy array that tells its address as CuPy's do."""
+
+    @property
+    def data(self) -> SimpleNamespace:  # type: ignore[override]
+        return SimpleNamespace(ptr=self.ctypes.data)
+
+
+TYPES = {0: np.float32, 1: np.float64, 2: np.float16, 14: ml_dtypes.bfloat16}  # cudaDataType
+
+
+def at(pointer: int, kind: int, rows: int, columns: int, leading: int) -> np.ndarray:
+    """A matrix stored by columns at an address."""
+    dtype = np.dtype(TYPES[kind])
+    assert leading >= rows
+    nbytes = (leading * (columns - 1) + rows) * dtype.itemsize
+    memory = np.frombuffer((ctypes.c_char * nbytes).from_address(pointer), dtype)
+    steps = (dtype.itemsize, leading * dtype.itemsize)
+    return np.lib.stride_tricks.as_strided(memory, (rows, columns), steps)
+
+
+def gemm(
+    handle, transa, transb, m, n, k, alpha, A, Atype, lda, strideA, B, Btype, ldb, strideB, beta, C, Ctype, ldc,
+    strideC, batch, compute, algorithm,
+):  # fmt: skip
+    """cublasGemmStridedBatchedEx by its definition: C = alpha op(A) op(B) + beta C, all stored by columns."""
+    real = np.float64 if compute == 70 else np.float32
+    one, keep = (float(np.frombuffer((ctypes.c_char * 8).from_address(p), real)[0]) for p in (alpha, beta))
+    for i in range(batch):
+        a = at(A + i * strideA * np.dtype(TYPES[Atype]).itemsize, Atype, *((k, m) if transa else (m, k)), lda)
+        b = at(B + i * strideB * np.dtype(TYPES[Btype]).itemsize, Btype, *((n, k) if transb else (k, n)), ldb)
+        c = at(C + i * strideC * np.dtype(TYPES[Ctype]).itemsize, Ctype, m, n, ldc)
+        product = one * (a.T if transa else a).astype(float) @ (b.T if transb else b).astype(float)
+        c[...] = product + (keep * c.astype(float) if keep else 0)
+    gemm.compute.append(compute)
+
+
+gemm.compute = []
+
+
+@pytest.mark.parametrize(
+    ("dtype", "out_dtype"),
+    [("float32", "float32"), ("float64", "float64"), ("float16", "float32"), ("bfloat16", "bfloat16")],
+)
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_cublas_is_asked_for_the_product(
+    dtype: str, out_dtype: str, accumulate: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda = SimpleNamespace(device=SimpleNamespace(get_cublas_handle=lambda: 0))
+    cublas = SimpleNamespace(gemmStridedBatchedEx=gemm)
+    for name, module in {
+        "cupy": SimpleNamespace(cuda=cuda), "cupy_backends": SimpleNamespace(), "cupy_backends.cuda": SimpleNamespace(),
+        "cupy_backends.cuda.libs": SimpleNamespace(cublas=cublas), "cupy_backends.cuda.libs.cublas": cublas,
+    }.items():  # fmt: skip
+        monkeypatch.setitem(sys.modules, name, module)
+    rng = np.random.default_rng(0)
+
+    def matrices(batch: int, rows: int, columns: int, kind: str, layout: str) -> np.ndarray:
+        shape = {"rows": (batch, rows, columns), "columns": (batch, columns, rows), "wide": (batch, rows, columns + 3),
+                 "batch inside": (rows, batch, columns)}[layout]  # fmt: skip
+        array = rng.integers(-3, 4, shape).astype(DTYPES[kind]).view(GPUArray)
+        if layout == "columns":
+            return array.transpose(0, 2, 1)
+        return array.transpose(1, 0, 2) if layout == "batch inside" else array[:, :, :columns]
+
+    layouts = ("rows", "columns", "wide", "batch inside")
+    for batch, M, N, K in ((1, 5, 4, 3), (2, 3, 7, 4), (3, 1, 4, 2), (2, 4, 1, 3), (2, 3, 3, 1), (1, 1, 1, 1)):
+        for left, right, to in itertools.product(layouts, layouts, ("rows", "wide", "batch inside")):
+            for shared in (False, True):
+                a = matrices(1 if shared else batch, M, K, dtype, left)
+                b, out = matrices(batch, K, N, dtype, right), matrices(batch, M, N, out_dtype, to)
+                want = a.astype(float) @ b.astype(float) + (out.astype(float) if accumulate else 0)
+                if not accumulate:
+                    out[...] = np.nan
+                Device.matmul(a, b, out, accumulate=accumulate)
+                assert np.array_equal(out.astype(float), want)
+    gemm.compute.clear()
+    Device.matmul(a, b, out, tf32=True)
+    Device.matmul(a, b, out)
+    # 77, 69: float32 through TF32, and as it is whatever the library is set to; 70: float64; 68: sums in float32
+    assert gemm.compute == {"float32": [77, 69], "float64": [70, 70]}.get(dtype, [68, 68])
+
+
+def test_failed_launch_names_operator_and_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failed(Exception):
+        pass
+
+    def launch(*_: object) -> None:
+        raise Failed("CUDA_ERROR_INVALID_VALUE")
+
+    cuda = SimpleNamespace(
+        driver=SimpleNamespace(CUDADriverError=Failed),
+        runtime=SimpleNamespace(CUDARuntimeError=ValueError),
+        compiler=SimpleNamespace(CompileException=ValueError),
+    )
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda))
+    monkeypatch.setattr(compile, "kernel", lambda *_: launch)
+    device = Device.__new__(Device)
+    device.max_blocks = 7
+    with pytest.raises(
+        RuntimeError, match=r"deform_conv2d: kernel columns of deform_conv.cu .*CUDA_ERROR_INVALID_VALUE"
+    ):
+        device.launch("deform_conv", "columns", {}, 100, 256, (), op="deform_conv2d")

@@ -78,16 +78,17 @@ def variants(stem: str, vector_atomics: bool) -> list[Flags]:
     return list(import_module(f"dcn_kernels.cuda.{stem}").variants(vector_atomics))
 
 
-def module(stem: str, flags: Flags) -> Any:
-    """The file compiled for the current GPU by CuPy, which keeps it on disk and, per GPU, in memory."""
-    return _module(stem, definitions(flags))
+def kernel(stem: str, flags: Flags, name: str) -> Any:
+    """A kernel compiled for the current GPU by CuPy, which keeps it on disk and, for each GPU, in memory."""
+    return _function(stem, definitions(flags), name)
 
 
 @cache
-def _module(stem: str, options: tuple[str, ...]) -> Any:
+def _function(stem: str, options: tuple[str, ...], name: str) -> Any:
     import cupy
 
-    return cupy.RawModule(code=source(stem), options=("-std=c++17", *options), backend="nvrtc")
+    module = cupy.RawModule(code=source(stem), options=("-std=c++17", *options), backend="nvrtc")
+    return module.get_function(name)
 
 
 # ---------------------------------------------------------------- the check: NVRTC alone, by ctypes

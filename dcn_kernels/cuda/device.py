@@ -61,9 +61,14 @@ class Device:
         import cupy
 
         blocks = min(blocks, self.max_blocks)
+        errors = (
+            cupy.cuda.driver.CUDADriverError,
+            cupy.cuda.runtime.CUDARuntimeError,
+            cupy.cuda.compiler.CompileException,
+        )
         try:
-            compile.module(stem, flags).get_function(kernel)((blocks,), (threads,), args)
-        except (cupy.cuda.driver.CUDADriverError, cupy.cuda.runtime.CUDARuntimeError) as error:
+            compile.kernel(stem, flags, kernel)((blocks,), (threads,), args)
+        except errors as error:
             raise RuntimeError(f"{op}: kernel {kernel} of {stem}.cu ({blocks} blocks of {threads}): {error}") from error
 
     @staticmethod
