@@ -107,6 +107,9 @@ def taken_in(op: str, arrays: dict[str, Any], out: Any, backend: str | None) -> 
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"{op}: backend: expected one of {', '.join(map(repr, BACKENDS))} or None, got {backend!r}")
     everything = dict(arrays) if out is None else {**arrays, "out": out}
+    if backend != "cuda" and all(type(array) is np.ndarray for array in everything.values()):
+        yield Taken(backend or "cpu", arrays, out, "numpy")
+        return
     devices = {name: _device(op, name, array) for name, array in everything.items()}
     first = next(iter(everything))
     for name, array in everything.items():

@@ -28,7 +28,7 @@ class Sample:
     expected: dict[str, Any] = field(default_factory=dict)  # of a case on the kinks: gradients for a grad_output of 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # a row is itself: it can be a key
 class Op:
     """A row of the registry: all that the dispatcher, the checks, the benchmark and the tests know of an operator."""
 
@@ -106,7 +106,7 @@ def call(
         if "rois" in op.arrays and (taken.backend != "cuda" or params["validate"]):  # on a GPU reading them would wait
             shapes.check_rois(op.name, taken.arrays["rois"], sizes["N"])
         if direction == "forward":
-            shapes.check_out(op, taken.out, taken.arrays, shapes.evaluate(op.output, sizes))
+            shapes.check_out(op, taken.out, taken.arrays, sizes)
         run = function(op, direction, taken.backend)
         inputs = {name: taken.arrays.get(name) for name in arrays}
         if direction == "forward":

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import operator
 from collections.abc import Iterable
+from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -226,13 +227,20 @@ def bind(op: Op, arrays: dict[str, Any], params: Params) -> Sizes:
     ValueError
         Naming operator, argument, the expected shape by letter and by number, and what came.
     """
+    return dict(_bind(op, tuple((name, tuple(array.shape)) for name, array in arrays.items()), tuple(params.items())))
+
+
+@lru_cache(maxsize=1024)  # a layer is called again and again with the same shapes
+def _bind(
+    op: Op, shapes: tuple[tuple[str, tuple[int, ...]], ...], params_items: tuple[tuple[str, Any], ...]
+) -> Sizes:
+    shape_of, params = dict(shapes), dict(params_items)
     sizes: Sizes = {}
     _derive(op, sizes, params)  # those of the parameters alone
-    named_shapes = {**op.arrays, "grad_output": op.output, **op.saved}
-    for name, named in named_shapes.items():
-        if name not in arrays:
+    for name, named in {**op.arrays, "grad_output": op.output, **op.saved}.items():
+        if name not in shape_of:
             continue
-        got, expressions = tuple(arrays[name].shape), named.split()
+        got, expressions = shape_of[name], named.split()
         if len(got) != len(expressions):
             raise shape_error(op.name, name, named, sizes, got, f"{len(expressions)} dimensions are needed")
         known = dict(sizes)
@@ -282,10 +290,11 @@ def argmax_error(op: str, pixels: int, got: int) -> ValueError:
 # ---------------------------------------------------------------- out=
 
 
-def check_out(op: Op, out: Any, arrays: dict[str, Any], shape: tuple[int, ...]) -> None:
+def check_out(op: Op, out: Any, arrays: dict[str, Any], sizes: Sizes) -> None:
     """`out` has the result's shape and dtype, is C-contiguous and writable, and overlaps no input."""
     if out is None:
         return
+    shape = evaluate(op.output, sizes)
     dtype = arrays[next(iter(op.arrays))].dtype
     if tuple(out.shape) != shape:
         raise ValueError(f"{op.name}: out: expected shape ({', '.join(op.output.split())}) = {shape}, got {out.shape}")

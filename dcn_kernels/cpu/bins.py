@@ -10,10 +10,42 @@ these functions are compiled without any freedom to contract or reorder.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numba
 import numpy as np
+from numba import types
+from numba.extending import intrinsic
 
 exact = numba.njit(error_model="numpy")
+_intrinsic: Any = intrinsic  # to a type checker a call of one lacks its first argument
+
+# A function that takes an array counts a reference to it, atomically: dearer than a bin's few numbers, and threads
+# that count those of one array wait for each other. So lists and maps come as addresses, read and written by these.
+
+
+@_intrinsic
+def peek(typingctx, like, address):  # type: ignore[no-untyped-def]
+    """The number of the type of `like` at `address`."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        kind = context.get_value_type(like)
+        size = 4 if like == types.float32 else 8
+        return builder.load(builder.inttoptr(args[1], kind.as_pointer()), align=size)
+
+    return like(like, types.intp), codegen
+
+
+@_intrinsic
+def poke(typingctx, address, value):  # type: ignore[no-untyped-def]
+    """Store a number at `address`."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        size = 4 if value == types.float32 else 8
+        builder.store(args[1], builder.inttoptr(args[0], args[1].type.as_pointer()), align=size)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, value), codegen
 
 MAX, AVG, POOLED_RFCN, POOLED_TORCHVISION, PAPER, ALIGN, ALIGN_LEGACY, RFCN = range(8)
 
@@ -109,52 +141,57 @@ def touching(first, spacing, number, length, eps):  # type: ignore[no-untyped-de
 
 
 @exact
-def add_line(at, n, line, weight, slope, index, weights, slopes):  # type: ignore[no-untyped-def]
+def add_line(itemsize, n, line, weight, slope, index, weights, slopes):  # type: ignore[no-untyped-def]
     """Add to a line's weight and slope; it is one of the last two or a new one. Returns the number of lines."""
-    for i in range(at + n - 1, max(at + n - 3, at - 1), -1):
-        if index[i] == line:
-            weights[i] += weight
-            slopes[i] += slope
+    for back in (1, 2):
+        i = n - back
+        if i >= 0 and peek(n, index + i * 8) == line:
+            poke(weights + i * itemsize, peek(weight, weights + i * itemsize) + weight)
+            poke(slopes + i * itemsize, peek(slope, slopes + i * itemsize) + slope)
             return n
-    index[at + n], weights[at + n], slopes[at + n] = line, weight, slope
+    poke(index + n * 8, line)
+    poke(weights + n * itemsize, weight)
+    poke(slopes + n * itemsize, slope)
     return n + 1
 
 
 @exact
-def add_point(at, n, v, length, weight, slope, index, weights, slopes):  # type: ignore[no-untyped-def]
+def add_point(itemsize, n, v, length, weight, slope, index, weights, slopes):  # type: ignore[no-untyped-def]
     """Add the cell of a clamped coordinate: `weight` 1 or 0 where it counts or not, `slope` 1 or 0 where it moves."""
     cell = np.floor(v)
     line, l = np.int64(cell), v - cell
     if line >= 0:
-        n = add_line(at, n, line, (type(v)(1) - l) * weight, -slope, index, weights, slopes)
+        n = add_line(itemsize, n, line, (type(v)(1) - l) * weight, -slope, index, weights, slopes)
     if line + 1 < length:
-        n = add_line(at, n, line + 1, l * weight, slope, index, weights, slopes)
+        n = add_line(itemsize, n, line + 1, l * weight, slope, index, weights, slopes)
     return n
 
 
 @exact
-def lines(rule, ratio, start, size, bins, i, shift, length, at, index, weights, slopes):  # type: ignore[no-untyped-def]
-    """The lines of pixels that bin i touches, into index[at:], weights and slopes: (how many, its points or pixels).
+def lines(rule, ratio, start, size, bins, i, shift, length, itemsize, index, weights, slopes):  # type: ignore[no-untyped-def]
+    """The lines of pixels that bin i touches, into the lists at three addresses: (how many, its points or pixels).
 
     `shift` moves the bin's points; it is not NaN.
     """
     real = type(start)
-    n, zero, one = 0, real(0), real(1)
+    n, zero, one = np.int64(0), real(0), real(1)
     last = real(length - 1)
     if rule == AVG:
         top, bottom, number = pooled_bin(rule, start, size, bins, i, length)
         for line in range(top, bottom):
-            index[at + n], weights[at + n], slopes[at + n] = line, one, zero
+            poke(index + n * 8, line)
+            poke(weights + n * itemsize, one)
+            poke(slopes + n * itemsize, zero)
             n += 1
         return n, number
-    eps = np.float64(np.finfo(start).eps)
+    eps = 1.1920928955078125e-07 if itemsize == 4 else 2.220446049250313e-16
     if rule == PAPER:  # every pixel, moved; border "zeros"
         first, end = whole_bin(start, size, bins, i)
         low, high = touching(first + np.float64(shift), 1.0, end - first, length, eps)
         for j in range(np.int64(high - low)):
             v = real(first + (low + j)) + shift
             if v >= -1 and v < length:
-                n = add_point(at, n, v, length, one if v > -1 else zero, one, index, weights, slopes)
+                n = add_point(itemsize, n, v, length, one if v > -1 else zero, one, index, weights, slopes)
         return n, end - first
     step = size / real(bins)
     base = (real(i) * step + start) + shift
@@ -166,7 +203,7 @@ def lines(rule, ratio, start, size, bins, i, shift, length, at, index, weights, 
             if v >= -half and v <= real(length) - half:
                 number += 1
                 moves = one if v > 0 and v < last and v != np.floor(v) else zero
-                n = add_point(at, n, min(max(v, zero), last), length, one, moves, index, weights, slopes)
+                n = add_point(itemsize, n, min(max(v, zero), last), length, one, moves, index, weights, slopes)
         return n, number
     number = np.float64(ratio) if ratio > 0 else max(np.float64(np.ceil(step)), 0.0)
     if number == 0:
@@ -178,5 +215,5 @@ def lines(rule, ratio, start, size, bins, i, shift, length, at, index, weights, 
         v = base + ((real(k) + real(0.5)) * step) / real(number)
         if v >= -1 and v <= length:
             moves = one if v >= 0 and v < last else zero
-            n = add_point(at, n, min(max(v, zero), last), length, one, moves, index, weights, slopes)
+            n = add_point(itemsize, n, min(max(v, zero), last), length, one, moves, index, weights, slopes)
     return n, number

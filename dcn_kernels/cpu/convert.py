@@ -16,12 +16,12 @@ from dcn_kernels.cpu.jit import inner, intrinsic, stay_apart
 from dcn_kernels.shapes import BFLOAT16
 
 F16, BF16, F32, F64 = 0, 1, 2, 3
-_KINDS = {np.dtype(np.float16): F16, BFLOAT16: BF16, np.dtype(np.float32): F32, np.dtype(np.float64): F64}
+_KINDS = {"e": F16, BFLOAT16.char: BF16, "f": F32, "d": F64}  # by dtype.char
 
 
 def kind(array: np.ndarray) -> int:
     """The code of an array's dtype."""
-    return _KINDS[array.dtype]
+    return _KINDS[array.dtype.char]
 
 
 def _reader(code: int) -> Any:

@@ -23,7 +23,7 @@ from dcn_kernels.cpu.gemm import DEPTH, LDA, MR, panel, rows_by_panels, vector
 from dcn_kernels.cpu.jit import inner, kernel, stay_apart
 from dcn_kernels.cpu.sampling import corner_table, limits
 from dcn_kernels.cpu.slabs import Slabs, cut, described, round_up, stage, turn_back
-from dcn_kernels.cpu.threads import barrier, claim, get_num_threads, run
+from dcn_kernels.cpu.threads import barrier, claim, run, threads_for
 from dcn_kernels.shapes import accumulator
 
 
@@ -177,7 +177,8 @@ def deform_conv2d(
     shape = _shape(input, offset, weight, stride, padding, dilation, slabs, real.itemsize)
     per_group = shape.O // shape.groups
     padded = -(-per_group // shape.width) * shape.width
-    pixels, taps, threads = shape.OH * shape.OW, shape.KH * shape.KW, get_num_threads()
+    pixels, taps = shape.OH * shape.OW, shape.KH * shape.KW
+    threads = threads_for(2.0 * weight.size * shape.N * pixels)
     bytes_per_pixel = (padded + LDA + 8 * shape.OG * taps) * real.itemsize
     fitting = max(1, TILE_BYTES // (bytes_per_pixel * MR)) * MR
     tiles = -(-pixels // fitting)
@@ -271,18 +272,20 @@ def deform_conv2d_backward(
     wanted = Wanted(
         int("input" in wrt), int("weight" in wrt), int("bias" in wrt), int("offset" in wrt or "mask" in wrt)
     )
-    pixels, taps, threads = shape.OH * shape.OW, shape.KH * shape.KW, get_num_threads()
+    pixels, taps = shape.OH * shape.OW, shape.KH * shape.KW
+    threads = threads_for(4.0 * weight.size * shape.N * pixels)
     tile = min(BACKWARD_TILE, -(-pixels // MR) * MR)
     ranges = int(min(RANGES, np.diff(slabs.of_offset).max()))
     parts = -(-shape.O // DEPTH)
     shape = shape._replace(tile=tile, ranges=ranges)
     bytes_per_pixel = (parts * LDA + shape.OG * taps * (8 + ranges * 4)) * real.itemsize
     tiles = shape.images * -(-pixels // tile)
-    slots = min(tiles, max(1, CHUNK_BYTES // (bytes_per_pixel * tile))) * tile
+    wide = "weight" in wrt and weight.dtype != real
+    chunk_bytes = CHUNK_BYTES // 2 if wide else CHUNK_BYTES  # the wide grad_weight takes its share
+    slots = min(tiles, max(1, chunk_bytes // (bytes_per_pixel * tile))) * tile
     per_group = shape.O // shape.groups
     columns = -(-min(taps, DEPTH // shape.lanes) * shape.lanes // shape.width) * shape.width
-    threads = min(threads, max(1, len(slabs.table)))
-    wide = "weight" in wrt and weight.dtype != real
+    threads = min(threads, shape.OG * ranges)
     plan: workspace.Plan = {
         "grad_weight": ((weight.size if wide else 0,), real),
         "staged": ((shape.images, len(slabs.table), shape.H * shape.W + 1, shape.lanes), real),

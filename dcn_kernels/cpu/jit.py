@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ import numba
 from numba import types
 from numba.core.caching import FunctionCache, IndexDataCacheFile
 from numba.extending import intrinsic as _intrinsic
+
+_log = logging.getLogger("dcn_kernels")
 
 intrinsic: Any = _intrinsic  # mypy would hold callers in compiled code to the Python signature
 
@@ -40,6 +43,13 @@ class _FolderCache(FunctionCache):
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__(function)
         self._cache_file = IndexDataCacheFile(self.cache_path, self._impl.filename_base, SOURCE_STAMP)
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        found = super().load_overload(sig, target_context)
+        if found is None:
+            name = self._py_func.__module__.rpartition(".")[2]
+            _log.warning("compiling %s.%s, once; kept in %s", name, self._py_func.__name__, self.cache_path)
+        return found
 
 
 def kernel(function: Callable[..., Any]) -> Any:

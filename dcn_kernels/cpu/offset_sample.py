@@ -18,7 +18,7 @@ from dcn_kernels.cpu.convert import store_run
 from dcn_kernels.cpu.jit import inner, kernel, stay_apart
 from dcn_kernels.cpu.sampling import corner_table, limits
 from dcn_kernels.cpu.slabs import Array, described, load_pixels
-from dcn_kernels.cpu.threads import barrier, claim, get_num_threads, run
+from dcn_kernels.cpu.threads import barrier, claim, run, threads_for
 from dcn_kernels.shapes import accumulator
 
 TILE = 512  # pixels whose corners are held at once
@@ -152,7 +152,7 @@ def offset_sample2d(
     if out.size == 0:
         return out
     shape, real = _shape(input, offset), accumulator(input.dtype)
-    threads = min(get_num_threads(), shape.N * shape.C)
+    threads = min(threads_for(32.0 * out.size), shape.N * shape.C)
     plan: workspace.Plan = {
         "planes": ((threads, BATCH, shape.H * shape.W + 1), real),
         "index": ((threads, 1, 4, TILE), np.int32),
@@ -182,7 +182,7 @@ def offset_sample2d_backward(
         return grads
     shape, real = _shape(input, offset), accumulator(input.dtype)
     ranges = max(1, min(RANGES // shape.OG, shape.C // shape.OG))
-    threads = min(get_num_threads(), shape.OG * ranges)
+    threads = min(threads_for(64.0 * input.size), shape.OG * ranges)
     plane = (threads, BATCH, shape.H * shape.W + 1)
     plan: workspace.Plan = {
         "planes": (plane, real),

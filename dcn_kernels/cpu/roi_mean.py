@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dcn_kernels.cpu import workspace
-from dcn_kernels.cpu.bins import exact, lines, start_and_size
-from dcn_kernels.cpu.convert import kind, store_run
+from dcn_kernels.cpu.bins import exact, lines, peek, poke, start_and_size
+from dcn_kernels.cpu.convert import F32, F64, kind, store_run
 from dcn_kernels.cpu.jit import inner, kernel
 from dcn_kernels.cpu.lanes import transpose16
 from dcn_kernels.cpu.roi_lanes import LANES, grid_dots, grid_mean, grid_spread
@@ -39,6 +39,7 @@ class Shape(NamedTuple):
     W: int
     PH: int
     PW: int
+    classes: int
     groups_h: int  # of score maps; 1 where an operator is not position sensitive
     groups_w: int
     rule: int
@@ -104,8 +105,13 @@ def from_lanes(values, at, length, line, line_at):  # type: ignore[no-untyped-de
 @inner
 def load_lanes(array, base, channels, row_length, length, to, at, line, line_at):  # type: ignore[no-untyped-def]
     """to[at:] = `length` elements of each of `channels` planes, the first at address `base`, as slabs of 16 lanes."""
-    zero = line.dtype.type(0)
+    zero, itemsize = line.dtype.type(0), line.itemsize
+    plain = array.kind == (F32 if itemsize == 4 else F64) and array.s3 == itemsize and array.s2 == row_length * itemsize
+    plain = plain and array.s1 % itemsize == 0
     for j in range(0, channels, LANES):
+        if plain and j + LANES <= channels:
+            turn_in(zero, itemsize, base + j * array.s1, array.s1, length, to.ctypes.data + (at + j * length) * itemsize)
+            continue
         for start in range(0, length, 64):
             few = min(64, length - start)
             for l in range(LANES):
@@ -120,12 +126,40 @@ def load_lanes(array, base, channels, row_length, length, to, at, line, line_at)
 @inner
 def store_lanes(values, at, channels, length, to, base, line, line_at):  # type: ignore[no-untyped-def]
     """The inverse of load_lanes, into C-contiguous planes."""
+    itemsize = line.itemsize
+    plain = to.kind == (F32 if itemsize == 4 else F64)
     for j in range(0, channels, LANES):
+        if plain and j + LANES <= channels:
+            source = values.ctypes.data + (at + j * length) * itemsize
+            turn_out(line.dtype.type(0), itemsize, source, length, base + j * to.s1, to.s1)
+            continue
         for start in range(0, length, 64):
             few = min(64, length - start)
             from_lanes(values, at + j * length + start * LANES, few, line, line_at)
             for l in range(min(LANES, channels - j)):
                 store_run(line, line_at + l * 64, few, base + (j + l) * to.s1 + start * to.s3, to.kind)
+
+
+@inner
+def turn_in(like, itemsize, source, plane, length, target):  # type: ignore[no-untyped-def]
+    """The 16 x `length` numbers at `source`, rows `plane` bytes apart, as `length` x 16 at `target`."""
+    whole = length // LANES * LANES
+    for p in range(0, whole, LANES):
+        transpose16(like, source + p * itemsize, plane // itemsize, target + p * LANES * itemsize, LANES)
+    for p in range(whole, length):
+        for l in range(LANES):
+            poke(target + (p * LANES + l) * itemsize, peek(like, source + l * plane + p * itemsize))
+
+
+@inner
+def turn_out(like, itemsize, source, length, target, plane):  # type: ignore[no-untyped-def]
+    """The inverse of turn_in."""
+    whole = length // LANES * LANES
+    for p in range(0, whole, LANES):
+        transpose16(like, source + p * LANES * itemsize, LANES, target + p * itemsize, plane // itemsize)
+    for p in range(whole, length):
+        for l in range(LANES):
+            poke(target + l * plane + p * itemsize, peek(like, source + (p * LANES + l) * itemsize))
 
 
 @inner
@@ -197,31 +231,46 @@ def extent(s, rois, r, scale):  # type: ignore[no-untyped-def]
 
 
 @inner
-def bin_lines(s, box, factor, offset, r, cls, ph, pw, slot, cap, index, weight, slope, found, number):  # type: ignore[no-untyped-def]
-    """The lines of bin (ph, pw): its columns in list slot + pw, its rows in list slot + PW.
+def bin_lines(s, box, factor, offset, r, cls, ph, pw, cap, index, weight, slope, found, number):  # type: ignore[no-untyped-def]
+    """The lines of bin (ph, pw): its columns in list pw, its rows in list PW; all arrays are addresses.
 
     Returns (1 / number, is it NaN, d x / d offset, d y / d offset). Bins must come in row-major order: without
     offsets a RoI's columns are found at its first row of bins, and a row's rows at its first bin.
     """
     start_y, h, start_x, w = box
-    shift_y = shift_x = reach_y = reach_x = weight.dtype.type(0)
-    columns, rows = slot + pw, slot + s.PW
+    real, itemsize = type(factor), size_of(factor)
+    shift_y = shift_x = reach_y = reach_x = real(0)
     if s.shifted:
-        part_h, part_w = ph * s.part_h // s.PH, pw * s.part_w // s.PW
-        shift_x, reach_x = shift_and_reach(offset[r, 2 * cls, part_h, part_w], factor, w)
-        shift_y, reach_y = shift_and_reach(offset[r, 2 * cls + 1, part_h, part_w], factor, h)
+        cells = s.part_h * s.part_w
+        cell = (r * s.classes + cls) * 2 * cells + ph * s.part_h // s.PH * s.part_w + pw * s.part_w // s.PW
+        shift_x, reach_x = shift_and_reach(peek(factor, offset + cell * itemsize), factor, w)
+        shift_y, reach_y = shift_and_reach(peek(factor, offset + (cell + cells) * itemsize), factor, h)
         if np.isnan(shift_y) or np.isnan(shift_x):
-            return weight.dtype.type(np.nan), True, reach_x, reach_y
+            return real(np.nan), True, reach_x, reach_y
     if s.shifted or ph == 0:
-        found[columns], number[columns] = lines(
-            s.rule, s.ratio, start_x, w, s.PW, pw, shift_x, s.W, columns * cap, index, weight, slope
-        )
+        at = pw * cap
+        n, several = lines(
+            s.rule, s.ratio, start_x, w, s.PW, pw, shift_x, s.W,
+            itemsize, index + at * 8, weight + at * itemsize, slope + at * itemsize,
+        )  # fmt: skip
+        poke(found + pw * 8, n)
+        poke(number + pw * 8, several)
     if s.shifted or pw == 0:
-        found[rows], number[rows] = lines(
-            s.rule, s.ratio, start_y, h, s.PH, ph, shift_y, s.H, rows * cap, index, weight, slope
-        )
-    share = weight.dtype.type(1 / max(number[columns] * number[rows], 1.0))
-    return share, False, reach_x, reach_y
+        at = s.PW * cap
+        n, several = lines(
+            s.rule, s.ratio, start_y, h, s.PH, ph, shift_y, s.H,
+            itemsize, index + at * 8, weight + at * itemsize, slope + at * itemsize,
+        )  # fmt: skip
+        poke(found + s.PW * 8, n)
+        poke(number + s.PW * 8, several)
+    points = peek(1.0, number + pw * 8) * peek(1.0, number + s.PW * 8)
+    return real(1 / max(points, 1.0)), False, reach_x, reach_y
+
+
+@inner
+def size_of(real):  # type: ignore[no-untyped-def]
+    """The bytes of a float."""
+    return np.int64(np.array(real).itemsize)
 
 
 # ---------------------------------------------------------------- forward
@@ -235,11 +284,14 @@ def forward_worker(  # type: ignore[no-untyped-def]
     maps, images, bins, pixels = s.groups_h * s.groups_w, first_of.shape[0] - 1, s.PH * s.PW, s.H * s.W
     itemsize, scale, factor = weight.itemsize, constants[0], constants[1]
     source = planes if s.direct else staged
-    cap, slot = index.shape[0] // found.shape[0], thread * (s.PW + 1)
-    indices, weights = index.ctypes.data, weight.ctypes.data
-    rows, row_weights = indices + (slot + s.PW) * cap * 8, weights + (slot + s.PW) * cap * itemsize
+    cap, list0 = index.shape[0] // found.shape[0], thread * (s.PW + 1)
+    indices, weights = index.ctypes.data + list0 * cap * 8, weight.ctypes.data + list0 * cap * itemsize
+    slopes, founds = slope.ctypes.data + list0 * cap * itemsize, found.ctypes.data + list0 * 8
+    numbers, offsets, map0 = number.ctypes.data + list0 * 8, offset.ctypes.data, source.ctypes.data
+    y, row_weights = indices + s.PW * cap * 8, weights + s.PW * cap * itemsize
     at = source.shape[0] // threads * thread
     to, line_at = pooled.shape[0] // threads * thread, line.shape[0] // threads * thread
+    held = pooled.ctypes.data + to * itemsize
     item = claim(sync)
     while item < images * units.shape[0] * s.chunks:
         unit = item // (images * s.chunks)
@@ -259,46 +311,45 @@ def forward_worker(  # type: ignore[no-untyped-def]
                 for ph in range(s.PH):
                     for pw in range(s.PW):
                         share, is_nan, _, _ = bin_lines(
-                            s, box, factor, offset, r, cls, ph, pw, slot, cap, index, weight, slope, found, number
+                            s, box, factor, offsets, r, cls, ph, pw, cap, indices, weights, slopes, founds, numbers
                         )
                         if s.masked:
                             share *= mask[r, ph, pw]
-                        ny, nx, b = found[slot + s.PW], found[slot + pw], to + (ph * s.PW + pw) * s.lanes
+                        ny, nx = peek(cls, founds + s.PW * 8), peek(cls, founds + pw * 8)
+                        x, column_weights = indices + pw * cap * 8, weights + pw * cap * itemsize
+                        b = held + (ph * s.PW + pw) * s.lanes * itemsize
                         if is_nan:
                             for j in range((count + s.lanes - 1) // s.lanes):
                                 for l in range(s.lanes):
-                                    pooled[b + j * bins * s.lanes + l] = share
+                                    poke(b + (j * bins * s.lanes + l) * itemsize, share)
                         elif s.lanes == 1:
-                            g = score_map(s, ph, pw)
+                            plane = map0 + (at + score_map(s, ph, pw) * pixels) * itemsize
                             for c in range(count):
-                                plane = at + (c * maps + g) * pixels
-                                pooled[b + c * bins] = share * plane_mean(
-                                    source, plane, s.W, index, weight, (slot + s.PW) * cap, ny, (slot + pw) * cap, nx
+                                value = plane_mean(
+                                    share, itemsize, plane, s.W, y, row_weights, ny, x, column_weights, nx
                                 )
+                                poke(b + c * bins * itemsize, value * share)
+                                plane += maps * pixels * itemsize
                         else:
-                            columns, column_weights = (
-                                indices + (slot + pw) * cap * 8,
-                                weights + (slot + pw) * cap * itemsize,
-                            )
+                            slab = map0 + at * itemsize
                             for j in range((count + LANES - 1) // LANES):
                                 grid_mean(
-                                    pooled.ctypes.data + (b + j * bins * LANES) * itemsize,
-                                    source.ctypes.data + (at + j * pixels * LANES) * itemsize,
-                                    s.W, rows, row_weights, ny, columns, column_weights, nx, share,
+                                    b + j * bins * LANES * itemsize, slab + j * pixels * LANES * itemsize,
+                                    s.W, y, row_weights, ny, x, column_weights, nx, share,
                                 )  # fmt: skip
                 store_pooled(s, pooled, to, r, c0, count, out, line, line_at)
         item = claim(sync)
 
 
 @inner
-def plane_mean(planes, at, width, index, weight, y, ny, x, nx):  # type: ignore[no-untyped-def]
-    """sum_ij wy_i wx_j plane[row_i, column_j] of the plane at `at`; the lists of rows and columns begin at y and x."""
-    total = weight.dtype.type(0)
+def plane_mean(like, itemsize, plane, width, rows, wy, ny, columns, wx, nx):  # type: ignore[no-untyped-def]
+    """sum_ij wy_i wx_j plane[row_i, column_j]; lists and plane are addresses."""
+    total = type(like)(0)
     for i in range(ny):
-        row, part = at + index[y + i] * width, weight.dtype.type(0)
+        row, part = plane + peek(ny, rows + i * 8) * width * itemsize, type(like)(0)
         for j in range(nx):
-            part += weight[x + j] * planes[row + index[x + j]]
-        total += weight[y + i] * part
+            part += peek(like, wx + j * itemsize) * peek(like, row + peek(nx, columns + j * 8) * itemsize)
+        total += peek(like, wy + i * itemsize) * part
     return total
 
 
@@ -315,12 +366,15 @@ def backward_worker(  # type: ignore[no-untyped-def]
     itemsize, scale, factor = weight.itemsize, constants[0], constants[1]
     zero, one = constants.dtype.type(0), constants.dtype.type(1)
     source, target = (planes if s.direct else staged), (grad_planes if s.direct else grad_staged)
-    cap, slot, dot = index.shape[0] // found.shape[0], thread * (s.PW + 1), thread * 16
-    indices, weights, slopes = index.ctypes.data, weight.ctypes.data, slope.ctypes.data
-    y = (slot + s.PW) * cap
+    cap, list0 = index.shape[0] // found.shape[0], thread * (s.PW + 1)
+    indices, weights = index.ctypes.data + list0 * cap * 8, weight.ctypes.data + list0 * cap * itemsize
+    slopes, founds = slope.ctypes.data + list0 * cap * itemsize, found.ctypes.data + list0 * 8
+    numbers, offsets, dot = number.ctypes.data + list0 * 8, offset.ctypes.data, dots.ctypes.data + thread * 16 * itemsize
+    y, wy, sy = indices + s.PW * cap * 8, weights + s.PW * cap * itemsize, slopes + s.PW * cap * itemsize
     source_at, target_at = source.shape[0] // threads * thread, target.shape[0] // threads * thread
     size = target.shape[0] // threads
-    held, line_at = pooled.shape[0] // threads * thread, line.shape[0] // threads * thread
+    to, line_at = pooled.shape[0] // threads * thread, line.shape[0] // threads * thread
+    held = pooled.ctypes.data + to * itemsize
     item = claim(sync)
     while item < images * units.shape[0]:
         unit, n = item // images, item % images
@@ -335,90 +389,91 @@ def backward_worker(  # type: ignore[no-untyped-def]
                 if wanted.input:
                     for i in range(target_at, target_at + size):
                         target[i] = zero
+            map0, grad0 = source.ctypes.data + source_at * itemsize, target.ctypes.data + target_at * itemsize
             for t in range(first_of[n], first_of[n + 1]):
                 r = order[t]
                 box = extent(s, rois, r, scale)
-                load_pooled(s, grad, r, c0, count, pooled, held, line, line_at)
+                load_pooled(s, grad, r, c0, count, pooled, to, line, line_at)
                 for ph in range(s.PH):
                     for pw in range(s.PW):
                         share, is_nan, reach_x, reach_y = bin_lines(
-                            s, box, factor, offset, r, cls, ph, pw, slot, cap, index, weight, slope, found, number
+                            s, box, factor, offsets, r, cls, ph, pw, cap, indices, weights, slopes, founds, numbers
                         )
                         m = mask[r, ph, pw] if s.masked else one
-                        ny, nx, x = found[slot + s.PW], found[slot + pw], (slot + pw) * cap
-                        b = held + (ph * s.PW + pw) * s.lanes
-                        dots[dot] = dots[dot + 1] = dots[dot + 2] = dots[dot + 3] = share if is_nan else zero
+                        ny, nx = peek(cls, founds + s.PW * 8), peek(cls, founds + pw * 8)
+                        x, at = indices + pw * cap * 8, pw * cap * itemsize
+                        b = held + (ph * s.PW + pw) * s.lanes * itemsize
+                        for i in range(4):
+                            poke(dot + i * itemsize, share if is_nan else zero)
                         if is_nan:
                             pass
                         elif s.lanes == 1:
-                            g = score_map(s, ph, pw)
+                            plane = score_map(s, ph, pw) * pixels * itemsize
                             for c in range(count):
-                                plane, value = (c * maps + g) * pixels, pooled[b + c * bins]
+                                g = peek(share, b + c * bins * itemsize)
                                 if wanted.coordinates:
                                     plane_dots(
-                                        source, source_at + plane, s.W, index, weight, slope, y, ny, x, nx, value,
-                                        dots, dot,
+                                        g, itemsize, map0 + plane, s.W, y, wy, sy, ny,
+                                        x, weights + at, slopes + at, nx, dot,
                                     )  # fmt: skip
                                 if wanted.input:
                                     plane_spread(
-                                        target, target_at + plane, s.W, index, weight, y, ny, x, nx, value * (share * m)
+                                        g * (share * m), itemsize, grad0 + plane, s.W, y, wy, ny, x, weights + at, nx
                                     )
+                                plane += maps * pixels * itemsize
                         else:
                             for j in range((count + LANES - 1) // LANES):
-                                run = pooled.ctypes.data + (b + j * bins * LANES) * itemsize
+                                slab, run = j * pixels * LANES * itemsize, b + j * bins * LANES * itemsize
                                 if wanted.coordinates:
                                     grid_dots(
-                                        zero, dots.ctypes.data + dot * itemsize, run,
-                                        source.ctypes.data + (source_at + j * pixels * LANES) * itemsize, s.W,
-                                        indices + y * 8, weights + y * itemsize, slopes + y * itemsize, ny,
-                                        indices + x * 8, weights + x * itemsize, slopes + x * itemsize, nx,
+                                        zero, dot, run, map0 + slab, s.W, y, wy, sy, ny,
+                                        x, weights + at, slopes + at, nx,
                                     )  # fmt: skip
                                 if wanted.input:
                                     grid_spread(
-                                        run, target.ctypes.data + (target_at + j * pixels * LANES) * itemsize, s.W,
-                                        indices + y * 8, weights + y * itemsize, ny,
-                                        indices + x * 8, weights + x * itemsize, nx, share * m,
-                                    )  # fmt: skip
+                                        run, grad0 + slab, s.W, y, wy, ny, x, weights + at, nx, share * m
+                                    )
                         if wanted.coordinates:
                             if s.masked:
-                                part_mask[part, r, ph, pw] += dots[dot] * share
+                                part_mask[part, r, ph, pw] += peek(zero, dot) * share
                             if s.shifted:
-                                cell_h, cell_w = ph * s.part_h // s.PH, pw * s.part_w // s.PW
-                                part_offset[part, r, 2 * cls, cell_h, cell_w] += dots[dot + 2] * (share * m) * reach_x
-                                part_offset[part, r, 2 * cls + 1, cell_h, cell_w] += (
-                                    dots[dot + 1] * (share * m) * reach_y
-                                )
+                                cell_h, cell_w, each = ph * s.part_h // s.PH, pw * s.part_w // s.PW, share * m
+                                slope_y, slope_x = peek(zero, dot + itemsize), peek(zero, dot + 2 * itemsize)
+                                part_offset[part, r, 2 * cls, cell_h, cell_w] += slope_x * each * reach_x
+                                part_offset[part, r, 2 * cls + 1, cell_h, cell_w] += slope_y * each * reach_y
             if wanted.input and not s.direct:
                 store_block(s, target, target_at, n, c0, count, grad_input, line, line_at)
         item = claim(sync)
 
 
 @inner
-def plane_dots(planes, at, width, index, weight, slope, y, ny, x, nx, g, dots, dot):  # type: ignore[no-untyped-def]
-    """dots += g times the value and its derivatives by y and x."""
-    value = slope_y = slope_x = weight.dtype.type(0)
+def plane_dots(g, itemsize, plane, width, rows, wy, sy, ny, columns, wx, sx, nx, dot):  # type: ignore[no-untyped-def]
+    """dot += g times the value and its derivatives by y and x."""
+    value = slope_y = slope_x = type(g)(0)
     for i in range(ny):
-        row = at + index[y + i] * width
-        along = across = weight.dtype.type(0)
+        row = plane + peek(ny, rows + i * 8) * width * itemsize
+        along = across = type(g)(0)
         for j in range(nx):
-            pixel = planes[row + index[x + j]]
-            along += weight[x + j] * pixel
-            across += slope[x + j] * pixel
-        value += weight[y + i] * along
-        slope_y += slope[y + i] * along
-        slope_x += weight[y + i] * across
-    dots[dot] += g * value
-    dots[dot + 1] += g * slope_y
-    dots[dot + 2] += g * slope_x
+            pixel = peek(g, row + peek(nx, columns + j * 8) * itemsize)
+            along += peek(g, wx + j * itemsize) * pixel
+            across += peek(g, sx + j * itemsize) * pixel
+        value += peek(g, wy + i * itemsize) * along
+        slope_y += peek(g, sy + i * itemsize) * along
+        slope_x += peek(g, wy + i * itemsize) * across
+    poke(dot, peek(g, dot) + g * value)
+    poke(dot + itemsize, peek(g, dot + itemsize) + g * slope_y)
+    poke(dot + 2 * itemsize, peek(g, dot + 2 * itemsize) + g * slope_x)
 
 
 @inner
-def plane_spread(planes, at, width, index, weight, y, ny, x, nx, g):  # type: ignore[no-untyped-def]
+def plane_spread(g, itemsize, plane, width, rows, wy, ny, columns, wx, nx):  # type: ignore[no-untyped-def]
     """plane[row_i, column_j] += wy_i wx_j g."""
     for i in range(ny):
-        row, weighed = at + index[y + i] * width, weight[y + i] * g
+        row = plane + peek(ny, rows + i * 8) * width * itemsize
+        weighed = peek(g, wy + i * itemsize) * g
         for j in range(nx):
-            planes[row + index[x + j]] += weight[x + j] * weighed
+            place = row + peek(nx, columns + j * 8) * itemsize
+            poke(place, peek(g, place) + peek(g, wx + j * itemsize) * weighed)
 
 
 # ---------------------------------------------------------------- from Python
@@ -496,7 +551,7 @@ def plan(
     units, threads = cut(channels, classes, block, RANGES if coordinates else None), get_num_threads()
     chunks = 1 if backward else max(1, min(-(-4 * threads // (N * len(units))), len(rois) // 256))
     shape = Shape(
-        C, H, W, *output_size, *groups, rule, ratio, *part_size, int(offset is not None), int(mask is not None),
+        C, H, W, *output_size, classes, *groups, rule, ratio, *part_size, int(offset is not None), int(mask is not None),
         lanes, block, int(direct), chunks,
     )  # fmt: skip
     nothing = np.empty((1, 1, 1, 1), real)

@@ -9,6 +9,7 @@ written as any other.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,7 @@ def edge(size: int, real: Any) -> Limits:
 BORDERS: dict[str, Callable[[int, Any], Limits]] = {"zeros": zeros, "msra": msra, "edge": edge}
 
 
+@lru_cache(maxsize=256)
 def limits(border: str, height: int, width: int, real: Any) -> np.ndarray:
     """The rule's numbers for both axes: (2, 6)."""
     rule = BORDERS[border]

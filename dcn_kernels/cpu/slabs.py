@@ -34,7 +34,7 @@ def described(array: np.ndarray | None) -> Array:
     if array is None:
         return Array(0, 0, 0, 0, 0, 0)
     s0, s1, s2, s3 = (*array.strides, 0, 0, 0)[:4]
-    return Array(array.ctypes.data, kind(array), s0, s1, s2, s3)
+    return Array(array.__array_interface__["data"][0], kind(array), s0, s1, s2, s3)
 
 
 class Slabs(NamedTuple):

@@ -23,6 +23,7 @@ from dcn_kernels.cpu.jit import inner, intrinsic
 
 _WAITING, _GENERATION, _CLAIMED = 0, 8, 16  # each on a cache line of its own
 _SYNC_SIZE = 24
+FLOPS_A_THREAD = 4e6
 
 
 @intrinsic
@@ -131,6 +132,11 @@ def get_num_threads() -> int:
     if setting.isdigit() and int(setting) > 0:
         return int(setting)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def threads_for(flops: float) -> int:
+    """How many threads a call of so much arithmetic is worth: waking one takes as long as a few million operations."""
+    return int(min(get_num_threads(), 1 + flops // FLOPS_A_THREAD))
 
 
 def set_num_threads(threads: int | None) -> None:

@@ -28,27 +28,28 @@ _tracked: ContextVar[Tracked | None] = ContextVar("dcn_kernels_workspace", defau
 
 def size(plan: Plan) -> int:
     """The bytes that a plan takes."""
-    return sum(_padded(shape, dtype) for shape, dtype in plan.values()) + _ALIGN
+    return sum(_lengths(plan)) + _ALIGN
 
 
 def allocate(plan: Plan) -> dict[str, np.ndarray]:
     """The buffers of a plan, uninitialised, each on a cache line of its own, all in one piece of memory."""
-    total = size(plan)
+    lengths = _lengths(plan)
+    total = sum(lengths) + _ALIGN
     tracked = _tracked.get()
     if tracked is not None:
         tracked.peak_bytes = max(tracked.peak_bytes, total)
     memory = np.empty(total, np.uint8)
-    start = -memory.ctypes.data % _ALIGN
+    start = -memory.__array_interface__["data"][0] % _ALIGN
     buffers = {}
-    for name, (shape, dtype) in plan.items():
-        length = prod(shape) * np.dtype(dtype).itemsize
-        buffers[name] = memory[start : start + length].view(dtype).reshape(shape)
-        start += _padded(shape, dtype)
+    for (name, (shape, dtype)), length in zip(plan.items(), lengths, strict=True):
+        buffers[name] = np.ndarray(shape, dtype, memory, start)
+        start += length
     return buffers
 
 
-def _padded(shape: tuple[int, ...], dtype: Any) -> int:
-    return -(-prod(shape) * np.dtype(dtype).itemsize // _ALIGN) * _ALIGN
+def _lengths(plan: Plan) -> list[int]:
+    """Bytes of each buffer, in whole cache lines."""
+    return [-(-prod(shape) * np.dtype(dtype).itemsize // _ALIGN) * _ALIGN for shape, dtype in plan.values()]
 
 
 @contextmanager
