@@ -26,7 +26,7 @@ profile: $(INSTALLED) ## Time the operators on this machine's CPU; the record is
 	$(BIN)/dcn-bench profile
 
 test: $(INSTALLED) ## All tests but the slow ones (TEST_ARGS='-m slow' runs those)
-	$(BIN)/python -m pytest $(TEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(TEST_ARGS)
 
 $(VENV)/.linters: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
