@@ -109,6 +109,21 @@ def _fetch(typingctx, address):  # type: ignore[no-untyped-def]
     return types.void(types.intp), codegen
 
 
+@intrinsic
+def clear(typingctx, address, length):  # type: ignore[no-untyped-def]
+    """Set `length` bytes from `address` on to 0."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        byte = ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [byte, ir.IntType(8), ir.IntType(64), ir.IntType(1)])
+        memset = cgutils.get_or_insert_function(builder.module, kind, "llvm.memset.p0.i64")
+        target = builder.inttoptr(args[0], byte)
+        builder.call(memset, [target, ir.Constant(ir.IntType(8), 0), args[1], ir.Constant(ir.IntType(1), 0)])
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp), codegen
+
+
 @inner
 def fetch_run(address, length):  # type: ignore[no-untyped-def]
     """Ask for `length` bytes that will be read soon and lie far from the last ones, where no machine guesses them."""

@@ -17,12 +17,12 @@ import numpy as np
 
 from dcn_kernels.cpu import workspace
 from dcn_kernels.cpu.columns import Shape, Wanted, positions, sample_columns
-from dcn_kernels.cpu.convert import load_run, store_run
+from dcn_kernels.cpu.convert import clear, load_run, store_run
 from dcn_kernels.cpu.deform_conv_backward import backward_worker
-from dcn_kernels.cpu.gemm import DEPTH, LDA, MR, panel, rows_by_panels, vector
+from dcn_kernels.cpu.gemm import CACHE_BYTES, DEPTH, LDA, MR, panel, rows_by_panels, vector
 from dcn_kernels.cpu.jit import inner, kernel, stay_apart
 from dcn_kernels.cpu.sampling import corner_table, limits
-from dcn_kernels.cpu.slabs import Slabs, cut, described, round_up, stage, turn_back
+from dcn_kernels.cpu.slabs import Slabs, cut, described, round_up, stage, staged_pixels, turn_back
 from dcn_kernels.cpu.threads import barrier, claim, run, threads_for
 from dcn_kernels.shapes import accumulator
 
@@ -71,7 +71,7 @@ def write_tile(s, sums, bias, out, n, o, count, start, length, block):  # type: 
         several = min(16, count - o16)
         for p64 in range(0, length, 64):
             few = min(64, length - p64)
-            turn_back(16, sums[p64:, o16:], 16, few, block)
+            turn_back(16, sums[p64].ctypes.data + o16 * sums.itemsize, sums.shape[1], 16, few, block)
             for i in range(several):
                 if bias.address != 0:
                     load_run(block, 16 * 64, bias.address + (o + o16 + i) * bias.s0, 0, 1, bias.kind)
@@ -87,7 +87,7 @@ def forward_worker(  # type: ignore[no-untyped-def]
     thread, threads, sync, s, input, offset, mask, weight, bias, out,
     slabs, of_group, limits,
     packed,  # (depth of all units * padded outputs,): B of the product
-    staged,  # (images, slabs, H*W + 1, lanes)
+    staged,  # (images, slabs, staged_pixels, lanes)
     columns,  # (threads, tile, LDA): A of the product
     sums,  # (threads, tile, padded outputs of a group): C
     index,  # (threads, OG*K, 4, tile): corner pixels
@@ -102,7 +102,6 @@ def forward_worker(  # type: ignore[no-untyped-def]
     corners, weights = index[thread], factor[thread]
     y, x, m = lines[thread, 0], lines[thread, 1], lines[thread, 2]
     like = block[0]
-    zero = block.dtype.type(0)
     padded = round_up(per_group, s.width)
     panels = (padded + s.panel - 1) // s.panel
     tiles = (pixels + s.tile - 1) // s.tile
@@ -129,9 +128,7 @@ def forward_worker(  # type: ignore[no-untyped-def]
                     positions(s, offset, mask, image + b, g, k, start, count, y, x, m)
                     corner_table(y, x, m, count, s.H, s.W, limits, corners, weights, g * taps + k)
             for group in range(s.groups):
-                for p in range(round_up(count, MR)):
-                    for o in range(padded):
-                        total[p, o] = zero
+                clear(total.ctypes.data, round_up(count, MR) * total.shape[1] * itemsize)
                 first_unit, last_unit = of_group[group] * taps, of_group[group + 1] * taps
                 for unit in range(first_unit, last_unit, units):
                     depth = min(units, last_unit - unit) * s.lanes
@@ -149,7 +146,7 @@ def forward_worker(  # type: ignore[no-untyped-def]
         barrier(threads, sync)
 
 
-TILE_BYTES = 768 << 10  # of one thread's tile: most of a second-level cache of 1 MiB
+TILE_BYTES = CACHE_BYTES * 3 // 4  # of one thread's tile
 STAGE_BYTES = 4 << 20  # of staged images, where several small ones fit
 
 
@@ -188,9 +185,9 @@ def deform_conv2d(
     threads = min(threads, shape.N * -(-pixels // shape.tile))
     plan: workspace.Plan = {
         "packed": ((len(slabs.table) * taps * shape.lanes * padded,), real),
-        "staged": ((shape.images, len(slabs.table), shape.H * shape.W + 1, shape.lanes), real),
+        "staged": ((shape.images, len(slabs.table), staged_pixels(shape.H, shape.W), shape.lanes), real),
         "columns": ((threads, shape.tile, LDA), real),
-        "sums": ((threads, shape.tile, -(-padded // 16) * 16), real),  # read in blocks of 16
+        "sums": ((threads, -(-shape.tile // 16) * 16, -(-padded // 16) * 16), real),  # read in blocks of 16 by 16
         "index": ((threads, shape.OG * taps, 4, shape.tile), np.int32),
         "factor": ((threads, shape.OG * taps, 4, shape.tile), real),
         "lines": ((threads, 3, shape.tile), real),
@@ -228,7 +225,7 @@ def _shape(
     if H * W >= 2**31 - 1:
         raise ValueError(f"deform_conv2d: input: expected H*W below 2**31 - 1 on the CPU backend, got {H}*{W}")
     O, _, KH, KW = weight.shape
-    image_bytes = len(slabs.table) * (H * W + 1) * slabs.lanes * itemsize
+    image_bytes = len(slabs.table) * staged_pixels(H, W) * slabs.lanes * itemsize
     OH, OW = offset.shape[2:]
     return Shape(
         N=N, C=C, H=H, W=W, O=O, KH=KH, KW=KW, OH=OH, OW=OW,
@@ -240,7 +237,7 @@ def _shape(
     )  # fmt: skip
 
 
-BACKWARD_TILE = 120  # pixels: a multiple of every MR
+BACKWARD_TILE = 144  # pixels: a multiple of every MR and of 16, so of 48
 CHUNK_BYTES = 4 << 20  # of what all slabs share
 RANGES = 8  # of slabs in an offset group, each with sums of its own
 
@@ -274,7 +271,8 @@ def deform_conv2d_backward(
     )
     pixels, taps = shape.OH * shape.OW, shape.KH * shape.KW
     threads = threads_for(4.0 * weight.size * shape.N * pixels)
-    tile = min(BACKWARD_TILE, -(-pixels // MR) * MR)
+    tile = min(BACKWARD_TILE, -(-pixels // 48) * 48)
+    plane = staged_pixels(shape.H, shape.W)
     ranges = int(min(RANGES, np.diff(slabs.of_offset).max()))
     parts = -(-shape.O // DEPTH)
     shape = shape._replace(tile=tile, ranges=ranges)
@@ -288,8 +286,8 @@ def deform_conv2d_backward(
     threads = min(threads, shape.OG * ranges)
     plan: workspace.Plan = {
         "grad_weight": ((weight.size if wide else 0,), real),
-        "staged": ((shape.images, len(slabs.table), shape.H * shape.W + 1, shape.lanes), real),
-        "grad_staged": ((shape.images, len(slabs.table), (shape.H * shape.W + 1) * wanted.input, shape.lanes), real),
+        "staged": ((shape.images, len(slabs.table), plane, shape.lanes), real),
+        "grad_staged": ((shape.images, len(slabs.table), plane * wanted.input, shape.lanes), real),
         "staged_grad": ((parts, slots, LDA), real),
         "index": ((slots // tile, shape.OG * taps, 4, tile), np.int32),
         "factor": ((slots // tile, shape.OG * taps, 4, tile), real),

@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 
 from dcn_kernels.cpu.columns import positions, sample_gradients, write_coordinate_gradients
-from dcn_kernels.cpu.convert import load_run, store_run
+from dcn_kernels.cpu.convert import clear, load_run, store_run
 from dcn_kernels.cpu.gemm import DEPTH, LDA, MR, columns_by_rows, rows_by_panels
 from dcn_kernels.cpu.jit import inner, kernel, stay_apart
 from dcn_kernels.cpu.sampling import corner_table
@@ -35,7 +35,8 @@ def stage_grad_output(s, grad, n, start, count, slot, staged_grad, block):  # ty
             for i in range(several):
                 base = grad.address + n * grad.s0 + (o16 + i) * grad.s1
                 load_pixels(block, i * 64, base, grad, s.OW, start + p64, few)
-            turn(16, block, 16, few, staged_grad[part, slot + p64 :, column:])
+            to = staged_grad[part, slot + p64].ctypes.data + column * block.itemsize
+            turn(16, block, 16, few, to, LDA)
 
 
 @inner
@@ -104,7 +105,7 @@ def slab_backward(  # type: ignore[no-untyped-def]
     stay_apart()
     taps, pixels, per_group = s.KH * s.KW, s.OH * s.OW, s.O // s.groups
     itemsize = column.itemsize
-    like, zero = column[0, 0], column.dtype.type(0)
+    like = column[0, 0]
     first, count, group, g = slabs[slab, 0], slabs[slab, 1], slabs[slab, 2], slabs[slab, 3]
     slots = (last_tile - first_tile) * s.tile
     back = wanted.input | wanted.coordinates
@@ -114,13 +115,14 @@ def slab_backward(  # type: ignore[no-untyped-def]
         if back:
             pack_slab(s, weight, group, first, count, k0, k1, columns, packed, line)
         if wanted.weight:
-            slab_grad[:, :columns] = zero
+            clear(slab_grad.ctypes.data, slab_grad.size * itemsize)
         for tile in range(first_tile, last_tile):
             b, start = tile // tiles, tile % tiles * s.tile
             slot = (tile - first_tile) * s.tile
             length = min(s.tile, pixels - start)
             if back:
-                grad_column[: round_up(length, MR), :columns] = zero
+                for p in range(round_up(length, MR)):
+                    clear(grad_column[p].ctypes.data, columns * itemsize)
                 o, base = group * per_group, 0
                 while o < (group + 1) * per_group:
                     depth = min((group + 1) * per_group, (o // DEPTH + 1) * DEPTH) - o
@@ -172,7 +174,7 @@ def backward_worker(  # type: ignore[no-untyped-def]
     thread, threads, sync, s, wanted, grad_output, input, offset, mask, weight,
     grad_input, grad_offset, grad_mask, grad_weight_out, grad_bias, slabs, of_offset, limits,
     grad_weight,  # (O * C/groups * K,): sums, perhaps in a wider type than grad_weight_out
-    staged,  # (images, slabs, H*W + 1, lanes)
+    staged,  # (images, slabs, staged_pixels, lanes)
     grad_staged,  # the same, of grad_input
     staged_grad,  # (parts of O, slots = pixels of a chunk's tiles, LDA): grad_output
     index,  # (tiles of a chunk, OG*K, 4, tile): corner pixels
@@ -187,7 +189,7 @@ def backward_worker(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """One thread of the backward: a thread owns a range of slabs at a time."""
     taps, pixels = s.KH * s.KW, s.OH * s.OW
-    block, zero = blocks[thread], staged.dtype.type(0)
+    block = blocks[thread]
     y, x, m = lines[thread, 0], lines[thread, 1], lines[thread, 2]
     tiles = (pixels + s.tile - 1) // s.tile
     chunk = index.shape[0]
@@ -199,7 +201,7 @@ def backward_worker(  # type: ignore[no-untyped-def]
             sum_bias(s, grad_output, o, grad_bias, block)
         if wanted.weight:
             size = grad_weight.size // s.O
-            grad_weight[o * size : (o + 1) * size] = zero
+            clear(grad_weight.ctypes.data + o * size * grad_weight.itemsize, size * grad_weight.itemsize)
         o = claim(sync)
     barrier(threads, sync)
     if not sampling:
@@ -212,7 +214,7 @@ def backward_worker(  # type: ignore[no-untyped-def]
             b, slab = item // slabs.shape[0], item % slabs.shape[0]
             stage(s, input, image + b, b, slab, slabs, staged, block)
             if wanted.input:
-                grad_staged[b, slab] = zero
+                clear(grad_staged[b, slab].ctypes.data, grad_staged[b, slab].size * staged.itemsize)
             item = claim(sync)
         barrier(threads, sync)
         for first_tile in range(0, images * tiles, chunk):
@@ -238,7 +240,7 @@ def backward_worker(  # type: ignore[no-untyped-def]
             while item < s.OG * s.ranges:
                 g, r = item // s.ranges, item % s.ranges
                 if wanted.coordinates:
-                    part[item, : taps * used] = zero
+                    clear(part[item].ctypes.data, taps * used * 4 * part.itemsize)
                 slabs_of_g = of_offset[g + 1] - of_offset[g]
                 for slab in range(
                     of_offset[g] + slabs_of_g * r // s.ranges, of_offset[g] + slabs_of_g * (r + 1) // s.ranges

@@ -14,6 +14,7 @@ Rows of A and C are padded to MR and columns of B and C to VECTOR; what lies in 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -35,6 +36,17 @@ elif _machine in ("aarch64", "arm64"):
 else:
     VECTOR_BYTES, MR = 16, 6
 
+
+def _second_level_cache() -> int:
+    """Bytes of a core's second-level cache, where Linux tells; else a common size."""
+    try:
+        text = Path("/sys/devices/system/cpu/cpu0/cache/index2/size").read_text().strip()
+        return int(text.rstrip("KM")) << {"K": 10, "M": 20}[text[-1]]
+    except (OSError, ValueError, KeyError, IndexError):
+        return 1 << 20
+
+
+CACHE_BYTES = _second_level_cache()
 COLUMN_VECTORS = 2  # NR = 2 vectors
 DEPTH = 240  # of one pass: a multiple of 16 and of every MR; A's tile and B's panel then stay in L1 and L2
 LDA = DEPTH + 32  # not a multiple of a power of two that would crowd one cache set

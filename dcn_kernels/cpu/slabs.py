@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dcn_kernels.cpu.convert import kind, load_run, store_run
+from dcn_kernels.cpu.convert import clear, kind, load_run, store_run
 from dcn_kernels.cpu.jit import inner, stay_apart
 from dcn_kernels.cpu.lanes import transpose8, transpose16
 
@@ -35,6 +35,11 @@ def described(array: np.ndarray | None) -> Array:
         return Array(0, 0, 0, 0, 0, 0)
     s0, s1, s2, s3 = (*array.strides, 0, 0, 0)[:4]
     return Array(array.__array_interface__["data"][0], kind(array), s0, s1, s2, s3)
+
+
+def staged_pixels(height: int, width: int) -> int:
+    """Pixels that a staged slab has room for: the image's, the one of zeros, and what `turn` writes beyond the end."""
+    return height * width + 16
 
 
 class Slabs(NamedTuple):
@@ -70,7 +75,6 @@ def stage(s, input, n, b, slab, slabs, staged, block):  # type: ignore[no-untype
     stay_apart()
     first, count = slabs[slab, 0], slabs[slab, 1]
     plane = staged[b, slab]
-    zero = block.dtype.type(0)
     pixels = s.H * s.W
     for start in range(0, pixels, 64):
         length = min(64, pixels - start)
@@ -78,11 +82,9 @@ def stage(s, input, n, b, slab, slabs, staged, block):  # type: ignore[no-untype
             base = input.address + n * input.s0 + (first + c) * input.s1
             load_pixels(block, c * 64, base, input, s.W, start, length)
         for c in range(count, s.lanes):
-            for p in range(length):
-                block[c * 64 + p] = zero
-        turn(s.lanes, block, s.lanes, length, plane[start:])
-    for c in range(s.lanes):
-        plane[pixels, c] = zero
+            clear(block.ctypes.data + c * 64 * block.itemsize, 64 * block.itemsize)
+        turn(s.lanes, block, s.lanes, length, plane.ctypes.data + start * s.lanes * block.itemsize, s.lanes)
+    clear(plane.ctypes.data + pixels * s.lanes * block.itemsize, s.lanes * block.itemsize)
 
 
 @inner
@@ -94,48 +96,42 @@ def unstage(s, grad_staged, b, slab, slabs, n, grad_input, block):  # type: igno
     pixels = s.H * s.W
     for start in range(0, pixels, 64):
         length = min(64, pixels - start)
-        turn_back(s.lanes, plane[start:], s.lanes, length, block)
+        turn_back(s.lanes, plane.ctypes.data + start * s.lanes * block.itemsize, s.lanes, s.lanes, length, block)
         for c in range(count):
             to = grad_input.address + ((n * s.C + first + c) * pixels + start) * grad_input.s3
             store_run(block, c * 64, length, to, grad_input.kind)
 
 
 @inner
-def turn(lanes, block, channels, pixels, runs):  # type: ignore[no-untyped-def]
-    """runs[p, c] = block[c*64 + p] for a block of up to 64 pixels; channels a multiple of lanes."""
+def turn(lanes, block, channels, pixels, runs, row):  # type: ignore[no-untyped-def]
+    """runs[p, c] = block[c*64 + p] for a block of up to 64 pixels; channels a multiple of lanes.
+
+    `runs` is an address; its rows are `row` elements apart. Where pixels are no multiple of lanes, so many more of the
+    block are read and written as make it one.
+    """
     stay_apart()
-    like, itemsize = block[0], block.itemsize
-    row = runs.strides[0] // itemsize
-    whole = pixels // lanes * lanes
+    like, itemsize, start = block[0], block.itemsize, block.ctypes.data
     for c in range(0, channels, lanes):
-        for p in range(0, whole, lanes):
-            source, target = block.ctypes.data + (c * 64 + p) * itemsize, runs.ctypes.data + (p * row + c) * itemsize
+        for p in range(0, pixels, lanes):
+            source, target = start + (c * 64 + p) * itemsize, runs + (p * row + c) * itemsize
             if lanes == 16:
                 transpose16(like, source, 64, target, row)
             else:
                 transpose8(like, source, 64, target, row)
-        for p in range(whole, pixels):
-            for i in range(c, c + lanes):
-                runs[p, i] = block[i * 64 + p]
 
 
 @inner
-def turn_back(lanes, runs, channels, pixels, block):  # type: ignore[no-untyped-def]
-    """block[c*64 + p] = runs[p, c]: the inverse of `turn`."""
+def turn_back(lanes, runs, row, channels, pixels, block):  # type: ignore[no-untyped-def]
+    """block[c*64 + p] = runs[p, c]: the inverse of `turn`, reading as far."""
     stay_apart()
-    like, itemsize = block[0], block.itemsize
-    row = runs.strides[0] // itemsize
-    whole = pixels // lanes * lanes
+    like, itemsize, start = block[0], block.itemsize, block.ctypes.data
     for c in range(0, channels, lanes):
-        for p in range(0, whole, lanes):
-            source, target = runs.ctypes.data + (p * row + c) * itemsize, block.ctypes.data + (c * 64 + p) * itemsize
+        for p in range(0, pixels, lanes):
+            source, target = runs + (p * row + c) * itemsize, start + (c * 64 + p) * itemsize
             if lanes == 16:
                 transpose16(like, source, row, target, 64)
             else:
                 transpose8(like, source, row, target, 64)
-        for p in range(whole, pixels):
-            for i in range(c, c + lanes):
-                block[i * 64 + p] = runs[p, i]
 
 
 @inner
