@@ -11,8 +11,16 @@ from dcn_kernels.deform_roi_pool import (
     deform_roi_pool,
     deform_roi_pool_backward,
 )
+from dcn_kernels.deformation import (
+    effective_dilation,
+    effective_dilation_by_class,
+    offset_statistics,
+    sampling_points,
+    stacked_sampling_points,
+)
 from dcn_kernels.offset_sample import offset_sample2d, offset_sample2d_backward
 from dcn_kernels.registry import OPS
+from dcn_kernels.roi_bins import deform_ps_roi_bins, deform_roi_bins
 from dcn_kernels.roi_pool import (
     ps_roi_align,
     ps_roi_align_backward,
@@ -32,12 +40,17 @@ __all__ = [
     "convert_offsets",
     "deform_conv2d",
     "deform_conv2d_backward",
+    "deform_ps_roi_bins",
     "deform_ps_roi_pool",
     "deform_ps_roi_pool_backward",
+    "deform_roi_bins",
     "deform_roi_pool",
     "deform_roi_pool_backward",
+    "effective_dilation",
+    "effective_dilation_by_class",
     "offset_sample2d",
     "offset_sample2d_backward",
+    "offset_statistics",
     "ps_roi_align",
     "ps_roi_align_backward",
     "ps_roi_pool",
@@ -46,4 +59,6 @@ __all__ = [
     "roi_align_backward",
     "roi_pool",
     "roi_pool_backward",
+    "sampling_points",
+    "stacked_sampling_points",
 ]
