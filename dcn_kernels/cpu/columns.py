@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+from numba.np.unsafe.ndarray import to_fixed_tuple
 
-from dcn_kernels.cpu.convert import fetch_run, store_run
+from dcn_kernels.cpu.convert import address_of, fetch_run, store_run
 from dcn_kernels.cpu.gemm import LDA
 from dcn_kernels.cpu.jit import inner, stay_apart
 from dcn_kernels.cpu.lanes import blend8, blend16, dots8, dots16, spread8, spread16
@@ -40,6 +41,15 @@ class Shape(NamedTuple):
     width: int  # columns of one vector
     panel: int  # columns of one panel
     ranges: int  # of slabs in an offset group, backward
+
+
+SHAPE_FIELDS = len(Shape._fields)
+
+
+@inner
+def shape_from(numbers):  # type: ignore[no-untyped-def]
+    """The Shape at the start of a call's numbers."""
+    return Shape(*to_fixed_tuple(numbers[:SHAPE_FIELDS], SHAPE_FIELDS))
 
 
 class Wanted(NamedTuple):
@@ -89,7 +99,7 @@ def sample_columns(s, source, index, weight, row, count, columns, column):  # ty
     """columns[p, column : column + lanes] = sum_q w_q x_q for `count` pixels, by one row of the corner table."""
     stay_apart()
     itemsize = columns.itemsize
-    to = columns.ctypes.data + column * itemsize
+    to = address_of(columns, 0, column)
     for p in range(count):
         q00, q01 = np.int64(index[row, 0, p]), np.int64(index[row, 1, p])
         q10, q11 = np.int64(index[row, 2, p]), np.int64(index[row, 3, p])
@@ -107,8 +117,7 @@ def sample_gradients(s, wanted, source, target, index, weight, row, count, grad_
     itemsize = columns.itemsize
     like = columns[0, 0]
     line = LDA * itemsize
-    to = columns.ctypes.data + column * itemsize
-    g = grad_columns.ctypes.data + column * itemsize
+    to, g = address_of(columns, 0, column), address_of(grad_columns, 0, column)
     for p in range(count):
         q00, q01 = np.int64(index[row, 0, p]), np.int64(index[row, 1, p])
         q10, q11 = np.int64(index[row, 2, p]), np.int64(index[row, 3, p])

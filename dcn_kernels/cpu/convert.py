@@ -95,6 +95,21 @@ _write_f16, _write_bf16, _write_f32, _write_f64 = (_writer(code) for code in (F1
 
 
 @intrinsic
+def address_of(typingctx, array, i, j):  # type: ignore[no-untyped-def]
+    """The address of array[i, j, 0, ...], or of array[i] where there is one axis; a slice would compile far slower."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        struct = context.make_array(signature.args[0])(context, builder, args[0])
+        at = builder.ptrtoint(struct.data, ir.IntType(64))
+        for axis, step in enumerate(args[1 : 1 + min(2, array.ndim)]):
+            stride = builder.extract_value(struct.strides, axis)
+            at = builder.add(at, builder.mul(step, stride))
+        return at
+
+    return types.intp(array, types.intp, types.intp), codegen
+
+
+@intrinsic
 def _fetch(typingctx, address):  # type: ignore[no-untyped-def]
     """Ask for the cache line at `address`; any address will do."""
 

@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 
 from dcn_kernels.cpu import workspace
-from dcn_kernels.cpu.columns import Shape, Wanted, positions, sample_columns
-from dcn_kernels.cpu.convert import clear, load_run, store_run
+from dcn_kernels.cpu.columns import SHAPE_FIELDS, Shape, Wanted, positions, sample_columns, shape_from
+from dcn_kernels.cpu.convert import address_of, clear, load_run, store_run
 from dcn_kernels.cpu.deform_conv_backward import backward_worker
 from dcn_kernels.cpu.gemm import CACHE_BYTES, DEPTH, LDA, MR, panel, rows_by_panels, vector
 from dcn_kernels.cpu.jit import inner, kernel, stay_apart
 from dcn_kernels.cpu.sampling import corner_table, limits
-from dcn_kernels.cpu.slabs import Slabs, cut, described, round_up, stage, staged_pixels, turn_back
+from dcn_kernels.cpu.slabs import Slabs, array_from, cut, described, numbers, round_up, stage, staged_pixels, turn
 from dcn_kernels.cpu.threads import barrier, claim, run, threads_for
 from dcn_kernels.shapes import accumulator
 
@@ -71,7 +71,8 @@ def write_tile(s, sums, bias, out, n, o, count, start, length, block):  # type: 
         several = min(16, count - o16)
         for p64 in range(0, length, 64):
             few = min(64, length - p64)
-            turn_back(16, sums[p64].ctypes.data + o16 * sums.itemsize, sums.shape[1], 16, few, block)
+            source, target = address_of(sums, p64, o16), address_of(block, 0, 0)
+            turn(block[0], sums.itemsize, 16, source, sums.shape[1], target, 64, few, 16)
             for i in range(several):
                 if bias.address != 0:
                     load_run(block, 16 * 64, bias.address + (o + o16 + i) * bias.s0, 0, 1, bias.kind)
@@ -84,7 +85,8 @@ def write_tile(s, sums, bias, out, n, o, count, start, length, block):  # type: 
 
 @kernel
 def forward_worker(  # type: ignore[no-untyped-def]
-    thread, threads, sync, s, input, offset, mask, weight, bias, out,
+    thread, threads, sync,
+    numbers,  # a Shape and six Arrays: one array of numbers costs a call far less than 60 of them
     slabs, of_group, limits,
     packed,  # (depth of all units * padded outputs,): B of the product
     staged,  # (images, slabs, staged_pixels, lanes)
@@ -96,6 +98,9 @@ def forward_worker(  # type: ignore[no-untyped-def]
     blocks,  # (threads, 16*64 + 64)
 ):  # fmt: skip
     """One thread of the forward: a thread owns a tile of output pixels at a time."""
+    s, arrays = shape_from(numbers), numbers[SHAPE_FIELDS:]
+    input, offset, mask = array_from(arrays, 0), array_from(arrays, 1), array_from(arrays, 2)
+    weight, bias, out = array_from(arrays, 3), array_from(arrays, 4), array_from(arrays, 5)
     taps, pixels, per_group = s.KH * s.KW, s.OH * s.OW, s.O // s.groups
     itemsize = columns.itemsize
     column, total, block = columns[thread], sums[thread], blocks[thread]
@@ -128,18 +133,18 @@ def forward_worker(  # type: ignore[no-untyped-def]
                     positions(s, offset, mask, image + b, g, k, start, count, y, x, m)
                     corner_table(y, x, m, count, s.H, s.W, limits, corners, weights, g * taps + k)
             for group in range(s.groups):
-                clear(total.ctypes.data, round_up(count, MR) * total.shape[1] * itemsize)
+                clear(address_of(total, 0, 0), round_up(count, MR) * total.shape[1] * itemsize)
                 first_unit, last_unit = of_group[group] * taps, of_group[group + 1] * taps
                 for unit in range(first_unit, last_unit, units):
                     depth = min(units, last_unit - unit) * s.lanes
                     for u in range(min(units, last_unit - unit)):
                         slab, k = (unit + u) // taps, (unit + u) % taps
-                        source, row = staged[b, slab].ctypes.data, slabs[slab, 3] * taps + k
+                        source, row = address_of(staged, b, slab), slabs[slab, 3] * taps + k
                         sample_columns(s, source, corners, weights, row, count, column, u * s.lanes)
-                    operand = packed.ctypes.data + unit * s.lanes * padded * itemsize
+                    operand = address_of(packed, 0, 0) + unit * s.lanes * padded * itemsize
                     rows_by_panels(
-                        like, itemsize, column.ctypes.data, count, depth, operand, padded,
-                        total.ctypes.data, total.shape[1],
+                        like, itemsize, address_of(column, 0, 0), count, depth, operand, padded,
+                        address_of(total, 0, 0), total.shape[1],
                     )  # fmt: skip
                 write_tile(s, total, bias, out, image + b, group * per_group, per_group, start, count, block)
             item = claim(sync)
@@ -203,7 +208,7 @@ def deform_conv2d(
         described(bias),
         described(out),
     )
-    run(forward_worker, threads, shape, *arrays, slabs.table, slabs.of_group, rule, *buffers.values())
+    run(forward_worker, threads, numbers(shape, *arrays), slabs.table, slabs.of_group, rule, *buffers.values())
     return out
 
 
@@ -305,16 +310,6 @@ def deform_conv2d_backward(
     rule = limits(border, shape.H, shape.W, real)
     arrays = [described(each) for each in (grad_output, input, offset, mask, weight)]
     outputs = [described(grads.get(name)) for name in ("input", "offset", "mask", "weight", "bias")]
-    run(
-        backward_worker,
-        threads,
-        shape,
-        wanted,
-        *arrays,
-        *outputs,
-        slabs.table,
-        slabs.of_offset,
-        rule,
-        *buffers.values(),
-    )
+    call = numbers(shape, wanted, *arrays, *outputs)
+    run(backward_worker, threads, call, slabs.table, slabs.of_offset, rule, *buffers.values())
     return grads

@@ -13,13 +13,21 @@ follows from the shapes alone, so results are the same, bit by bit, at every num
 from __future__ import annotations
 
 import numpy as np
+from numba.np.unsafe.ndarray import to_fixed_tuple
 
-from dcn_kernels.cpu.columns import positions, sample_gradients, write_coordinate_gradients
-from dcn_kernels.cpu.convert import clear, load_run, store_run
+from dcn_kernels.cpu.columns import (
+    SHAPE_FIELDS,
+    Wanted,
+    positions,
+    sample_gradients,
+    shape_from,
+    write_coordinate_gradients,
+)
+from dcn_kernels.cpu.convert import address_of, clear, load_run, store_run
 from dcn_kernels.cpu.gemm import DEPTH, LDA, MR, columns_by_rows, rows_by_panels
 from dcn_kernels.cpu.jit import inner, kernel, stay_apart
 from dcn_kernels.cpu.sampling import corner_table
-from dcn_kernels.cpu.slabs import load_pixels, round_up, stage, turn, unstage
+from dcn_kernels.cpu.slabs import array_from, load_pixels, round_up, stage, turn, unstage
 from dcn_kernels.cpu.threads import barrier, claim
 
 
@@ -35,8 +43,8 @@ def stage_grad_output(s, grad, n, start, count, slot, staged_grad, block):  # ty
             for i in range(several):
                 base = grad.address + n * grad.s0 + (o16 + i) * grad.s1
                 load_pixels(block, i * 64, base, grad, s.OW, start + p64, few)
-            to = staged_grad[part, slot + p64].ctypes.data + column * block.itemsize
-            turn(16, block, 16, few, to, LDA)
+            to = address_of(staged_grad, part, slot + p64) + column * block.itemsize
+            turn(block[0], block.itemsize, 16, address_of(block, 0, 0), 64, to, LDA, 16, few)
 
 
 @inner
@@ -115,37 +123,40 @@ def slab_backward(  # type: ignore[no-untyped-def]
         if back:
             pack_slab(s, weight, group, first, count, k0, k1, columns, packed, line)
         if wanted.weight:
-            clear(slab_grad.ctypes.data, slab_grad.size * itemsize)
+            clear(address_of(slab_grad, 0, 0), slab_grad.size * itemsize)
         for tile in range(first_tile, last_tile):
             b, start = tile // tiles, tile % tiles * s.tile
             slot = (tile - first_tile) * s.tile
             length = min(s.tile, pixels - start)
             if back:
                 for p in range(round_up(length, MR)):
-                    clear(grad_column[p].ctypes.data, columns * itemsize)
+                    clear(address_of(grad_column, p, 0), columns * itemsize)
                 o, base = group * per_group, 0
                 while o < (group + 1) * per_group:
                     depth = min((group + 1) * per_group, (o // DEPTH + 1) * DEPTH) - o
-                    a = staged_grad[o // DEPTH, slot].ctypes.data + o % DEPTH * itemsize
+                    a = address_of(staged_grad, o // DEPTH, slot) + o % DEPTH * itemsize
                     rows_by_panels(
-                        like, itemsize, a, length, depth, packed.ctypes.data + base * itemsize, columns,
-                        grad_column.ctypes.data, LDA,
+                        like, itemsize, a, length, depth, address_of(packed, 0, 0) + base * itemsize, columns,
+                        address_of(grad_column, 0, 0), LDA,
                     )  # fmt: skip
                     base += depth * columns
                     o += depth
             for k in range(k0, k1):
+                source, target = address_of(staged, b, slab), address_of(grad_staged, b, slab)
                 sample_gradients(
-                    s, wanted, staged[b, slab].ctypes.data, grad_staged[b, slab].ctypes.data, index[tile - first_tile],
-                    factor[tile - first_tile], g * taps + k, length, grad_column, column, (k - k0) * s.lanes,
+                    s, wanted, source, target, index[tile - first_tile], factor[tile - first_tile],
+                    g * taps + k, length, grad_column, column, (k - k0) * s.lanes,
                     part + (k * slots + slot) * 4 * itemsize,
                 )  # fmt: skip
             if wanted.weight:
                 o, row = group * per_group, 0
                 while o < (group + 1) * per_group:
                     rows = min((group + 1) * per_group, (o // DEPTH + 1) * DEPTH) - o
-                    a = staged_grad[o // DEPTH, slot].ctypes.data + o % DEPTH * itemsize
-                    c = slab_grad[row].ctypes.data
-                    columns_by_rows(like, itemsize, a, rows, length, column.ctypes.data, columns, c, slab_grad.shape[1])
+                    a = address_of(staged_grad, o // DEPTH, slot) + o % DEPTH * itemsize
+                    c = address_of(slab_grad, row, 0)
+                    columns_by_rows(
+                        like, itemsize, a, rows, length, address_of(column, 0, 0), columns, c, slab_grad.shape[1]
+                    )
                     row += round_up(rows, MR)
                     o += rows
         if wanted.weight:
@@ -171,8 +182,9 @@ def sum_bias(s, grad, o, grad_bias, block):  # type: ignore[no-untyped-def]
 
 @kernel
 def backward_worker(  # type: ignore[no-untyped-def]
-    thread, threads, sync, s, wanted, grad_output, input, offset, mask, weight,
-    grad_input, grad_offset, grad_mask, grad_weight_out, grad_bias, slabs, of_offset, limits,
+    thread, threads, sync,
+    numbers,  # a Shape, a Wanted and ten Arrays
+    slabs, of_offset, limits,
     grad_weight,  # (O * C/groups * K,): sums, perhaps in a wider type than grad_weight_out
     staged,  # (images, slabs, staged_pixels, lanes)
     grad_staged,  # the same, of grad_input
@@ -188,7 +200,13 @@ def backward_worker(  # type: ignore[no-untyped-def]
     blocks,  # (threads, 16*64 or lanes*K)
 ):  # fmt: skip
     """One thread of the backward: a thread owns a range of slabs at a time."""
-    taps, pixels = s.KH * s.KW, s.OH * s.OW
+    s, arrays = shape_from(numbers), numbers[SHAPE_FIELDS + 4 :]
+    wanted = Wanted(*to_fixed_tuple(numbers[SHAPE_FIELDS : SHAPE_FIELDS + 4], 4))
+    grad_output, input, offset = array_from(arrays, 0), array_from(arrays, 1), array_from(arrays, 2)
+    mask, weight, grad_input = array_from(arrays, 3), array_from(arrays, 4), array_from(arrays, 5)
+    grad_offset, grad_mask = array_from(arrays, 6), array_from(arrays, 7)
+    grad_weight_out, grad_bias = array_from(arrays, 8), array_from(arrays, 9)
+    taps, pixels, plane = s.KH * s.KW, s.OH * s.OW, staged.shape[2]
     block = blocks[thread]
     y, x, m = lines[thread, 0], lines[thread, 1], lines[thread, 2]
     tiles = (pixels + s.tile - 1) // s.tile
@@ -201,7 +219,7 @@ def backward_worker(  # type: ignore[no-untyped-def]
             sum_bias(s, grad_output, o, grad_bias, block)
         if wanted.weight:
             size = grad_weight.size // s.O
-            clear(grad_weight.ctypes.data + o * size * grad_weight.itemsize, size * grad_weight.itemsize)
+            clear(address_of(grad_weight, 0, 0) + o * size * grad_weight.itemsize, size * grad_weight.itemsize)
         o = claim(sync)
     barrier(threads, sync)
     if not sampling:
@@ -214,7 +232,7 @@ def backward_worker(  # type: ignore[no-untyped-def]
             b, slab = item // slabs.shape[0], item % slabs.shape[0]
             stage(s, input, image + b, b, slab, slabs, staged, block)
             if wanted.input:
-                clear(grad_staged[b, slab].ctypes.data, grad_staged[b, slab].size * staged.itemsize)
+                clear(address_of(grad_staged, b, slab), plane * s.lanes * staged.itemsize)
             item = claim(sync)
         barrier(threads, sync)
         for first_tile in range(0, images * tiles, chunk):
@@ -240,14 +258,14 @@ def backward_worker(  # type: ignore[no-untyped-def]
             while item < s.OG * s.ranges:
                 g, r = item // s.ranges, item % s.ranges
                 if wanted.coordinates:
-                    clear(part[item].ctypes.data, taps * used * 4 * part.itemsize)
+                    clear(address_of(part, item, 0), taps * used * 4 * part.itemsize)
                 slabs_of_g = of_offset[g + 1] - of_offset[g]
                 for slab in range(
                     of_offset[g] + slabs_of_g * r // s.ranges, of_offset[g] + slabs_of_g * (r + 1) // s.ranges
                 ):
                     slab_backward(
                         s, wanted, weight, slabs, slab, image, first_tile, last_tile, tiles, staged, grad_staged,
-                        staged_grad, index, factor, part[item].ctypes.data, grad_weight,
+                        staged_grad, index, factor, address_of(part, item, 0), grad_weight,
                         packed[thread], slab_grad[thread], grad_columns[thread], columns[thread], block,
                     )  # fmt: skip
                 item = claim(sync)
@@ -272,7 +290,7 @@ def backward_worker(  # type: ignore[no-untyped-def]
                 unstage(s, grad_staged, b, slab, slabs, image + b, grad_input, block)
                 item = claim(sync)
             barrier(threads, sync)
-    if wanted.weight and grad_weight.ctypes.data != grad_weight_out.address:
+    if wanted.weight and address_of(grad_weight, 0, 0) != grad_weight_out.address:
         size = grad_weight.size // s.O
         o = claim(sync)
         while o < s.O:

@@ -65,6 +65,11 @@ def inner(function: Callable[..., Any]) -> Any:
     return numba.njit(error_model="numpy", fastmath=FASTMATH)(function)
 
 
+def spliced(function: Callable[..., Any]) -> Any:
+    """A function whose text becomes part of its callers' before anything is compiled."""
+    return numba.njit(error_model="numpy", fastmath=FASTMATH, inline="always")(function)
+
+
 @intrinsic
 def stay_apart(typingctx):  # type: ignore[no-untyped-def]
     """Keep the function that says this from being inlined: its callers then compile several times faster."""

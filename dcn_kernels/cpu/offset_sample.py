@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from dcn_kernels.cpu import workspace
-from dcn_kernels.cpu.columns import Shape, positions, write_coordinate_gradients
+from dcn_kernels.cpu.columns import SHAPE_FIELDS, Shape, positions, shape_from, write_coordinate_gradients
 from dcn_kernels.cpu.convert import store_run
 from dcn_kernels.cpu.jit import inner, kernel, stay_apart
 from dcn_kernels.cpu.sampling import corner_table, limits
-from dcn_kernels.cpu.slabs import Array, described, load_pixels
+from dcn_kernels.cpu.slabs import Array, array_from, described, load_pixels, numbers
 from dcn_kernels.cpu.threads import barrier, claim, run, threads_for
 from dcn_kernels.shapes import accumulator
 
@@ -56,13 +56,18 @@ def add_to_plane(grad_plane, index, weight, g, count):  # type: ignore[no-untype
 
 @kernel
 def forward_worker(  # type: ignore[no-untyped-def]
-    thread, threads, sync, s, input, offset, no_mask, out, limits,
+    thread, threads, sync,
+    numbers,  # a Shape and four Arrays
+    limits,
     planes,  # (threads, BATCH, H*W + 1)
     index,  # (threads, 1, 4, TILE)
     factor,  # (threads, 1, 4, TILE)
     lines,  # (threads, 4, TILE)
 ):  # fmt: skip
     """One thread of the forward: it owns a batch of one group's channels of one image at a time."""
+    s, arrays = shape_from(numbers), numbers[SHAPE_FIELDS:]
+    input, offset = array_from(arrays, 0), array_from(arrays, 1)
+    no_mask, out = array_from(arrays, 2), array_from(arrays, 3)
     per_group, pixels = s.C // s.OG, s.H * s.W
     batches = (per_group + BATCH - 1) // BATCH
     y, x, m, values = lines[thread, 0], lines[thread, 1], lines[thread, 2], lines[thread, 3]
@@ -86,7 +91,9 @@ def forward_worker(  # type: ignore[no-untyped-def]
 
 @kernel
 def backward_worker(  # type: ignore[no-untyped-def]
-    thread, threads, sync, s, grad_output, input, offset, no_mask, grad_input, grad_offset, limits,
+    thread, threads, sync,
+    numbers,  # a Shape and six Arrays
+    limits,
     planes,  # (threads, BATCH, H*W + 1)
     grad_planes,  # (threads, BATCH, H*W + 1)
     part,  # (OG * ranges, H*W, 4): dots of one image
@@ -95,6 +102,9 @@ def backward_worker(  # type: ignore[no-untyped-def]
     lines,  # (threads, 6, TILE)
 ):  # fmt: skip
     """One thread of the backward: it owns a range of one group's channels at a time."""
+    s, arrays = shape_from(numbers), numbers[SHAPE_FIELDS:]
+    grad_output, input, offset = array_from(arrays, 0), array_from(arrays, 1), array_from(arrays, 2)
+    no_mask, grad_input, grad_offset = array_from(arrays, 3), array_from(arrays, 4), array_from(arrays, 5)
     per_group, pixels = s.C // s.OG, s.H * s.W
     y, x, m, values = lines[thread, 0], lines[thread, 1], lines[thread, 2], lines[thread, 3]
     zero = y.dtype.type(0)
@@ -162,7 +172,7 @@ def offset_sample2d(
     buffers = workspace.allocate(plan)
     rule = limits(border, shape.H, shape.W, real)
     arrays = (described(input), described(offset), described(None), described(out))
-    run(forward_worker, threads, shape, *arrays, rule, *buffers.values())
+    run(forward_worker, threads, numbers(shape, *arrays), rule, *buffers.values())
     return out
 
 
@@ -197,7 +207,7 @@ def offset_sample2d_backward(
     arrays = [described(each) for each in (grad_output, input, offset, None)]
     outputs: list[Array] = [described(grads.get(name)) for name in ("input", "offset")]
     shape = shape._replace(ranges=ranges)
-    run(backward_worker, threads, shape, *arrays, *outputs, rule, *buffers.values())
+    run(backward_worker, threads, numbers(shape, *arrays, *outputs), rule, *buffers.values())
     return grads
 
 

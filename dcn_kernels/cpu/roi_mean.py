@@ -519,6 +519,19 @@ def cut(channels: int, classes: int, block: int, ranges: int | None) -> np.ndarr
     )
 
 
+class _Writable:
+    """The memory of an array without its read-only flag."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array  # keeps the memory alive
+        self.__array_interface__ = {**array.__array_interface__, "data": (array.ctypes.data, False)}
+
+
+def _one_type(array: np.ndarray) -> np.ndarray:
+    """An input as a kernel takes it: a read-only array is a type of its own to Numba, which some kernels refuse."""
+    return array if array.flags.writeable else np.asarray(_Writable(array))
+
+
 def plan(
     input: np.ndarray,
     rois: np.ndarray,
@@ -560,10 +573,10 @@ def plan(
         np.array([spatial_scale, factor], real),
         units,
         *by_image(rois, N),
-        np.ascontiguousarray(rois, real),
-        nothing if offset is None else np.ascontiguousarray(offset, real),
-        nothing[0] if mask is None else np.ascontiguousarray(mask, real),
-        input.reshape(-1) if direct else np.empty(0, real),
+        _one_type(np.ascontiguousarray(rois, real)),
+        nothing if offset is None else _one_type(np.ascontiguousarray(offset, real)),
+        nothing[0] if mask is None else _one_type(np.ascontiguousarray(mask, real)),
+        _one_type(input.reshape(-1)) if direct else np.empty(0, real),
         threads,
     )
 

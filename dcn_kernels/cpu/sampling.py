@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numba import types
 
-from dcn_kernels.cpu.jit import inner, intrinsic, stay_apart
+from dcn_kernels.cpu.jit import inner, intrinsic, spliced, stay_apart
 
 Limits = tuple[float, float, float, float, float, float]
 
@@ -51,7 +51,7 @@ def limits(border: str, height: int, width: int, real: Any) -> np.ndarray:
     return np.array([rule(height, scalar), rule(width, scalar)], real)
 
 
-@inner
+@spliced
 def _cell(y, x, zero, low_y, high_y, first_y, last_y, start_y, stop_y, low_x, high_x, first_x, last_x, start_x, stop_x):  # type: ignore[no-untyped-def]
     """The cell of position (y, x): row, column, fractions, and whether it is near, counts, moves with y, with x."""
     counts_y, counts_x = (first_y <= y) & (y <= last_y), (first_x <= x) & (x <= last_x)

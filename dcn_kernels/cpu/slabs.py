@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dcn_kernels.cpu.convert import clear, kind, load_run, store_run
+from dcn_kernels.cpu.convert import address_of, clear, kind, load_run, store_run
 from dcn_kernels.cpu.jit import inner, stay_apart
 from dcn_kernels.cpu.lanes import transpose8, transpose16
 
@@ -27,6 +27,13 @@ class Array(NamedTuple):
     s1: int
     s2: int
     s3: int
+
+
+@inner
+def array_from(numbers, i):  # type: ignore[no-untyped-def]
+    """The i-th `Array` behind the others in a call's numbers."""
+    at = i * 6  # the fields of an Array
+    return Array(numbers[at], numbers[at + 1], numbers[at + 2], numbers[at + 3], numbers[at + 4], numbers[at + 5])
 
 
 def described(array: np.ndarray | None) -> Array:
@@ -49,6 +56,11 @@ class Slabs(NamedTuple):
     table: np.ndarray  # (slabs, 4): first channel, channels, convolution group, offset group
     of_group: np.ndarray  # (groups + 1,): the first slab of each convolution group
     of_offset: np.ndarray  # (OG + 1,): the first slab of each offset group
+
+
+def numbers(*groups: tuple[int, ...]) -> np.ndarray:
+    """The numbers of named tuples behind each other, for a kernel to take apart again."""
+    return np.array([number for group in groups for number in group], np.int64)
 
 
 @lru_cache(maxsize=256)
@@ -74,7 +86,7 @@ def stage(s, input, n, b, slab, slabs, staged, block):  # type: ignore[no-untype
     """Copy one slab of image n to staged[b, slab] channels-last, with a pixel of zeros at its end."""
     stay_apart()
     first, count = slabs[slab, 0], slabs[slab, 1]
-    plane = staged[b, slab]
+    like, itemsize, plane = block[0], block.itemsize, address_of(staged, b, slab)
     pixels = s.H * s.W
     for start in range(0, pixels, 64):
         length = min(64, pixels - start)
@@ -82,9 +94,10 @@ def stage(s, input, n, b, slab, slabs, staged, block):  # type: ignore[no-untype
             base = input.address + n * input.s0 + (first + c) * input.s1
             load_pixels(block, c * 64, base, input, s.W, start, length)
         for c in range(count, s.lanes):
-            clear(block.ctypes.data + c * 64 * block.itemsize, 64 * block.itemsize)
-        turn(s.lanes, block, s.lanes, length, plane.ctypes.data + start * s.lanes * block.itemsize, s.lanes)
-    clear(plane.ctypes.data + pixels * s.lanes * block.itemsize, s.lanes * block.itemsize)
+            clear(address_of(block, c * 64, 0), 64 * itemsize)
+        to = plane + start * s.lanes * itemsize
+        turn(like, itemsize, s.lanes, address_of(block, 0, 0), 64, to, s.lanes, s.lanes, length)
+    clear(plane + pixels * s.lanes * itemsize, s.lanes * itemsize)
 
 
 @inner
@@ -92,46 +105,31 @@ def unstage(s, grad_staged, b, slab, slabs, n, grad_input, block):  # type: igno
     """grad_input[n, channels of the slab] = the staged gradient, back to NCHW."""
     stay_apart()
     first, count = slabs[slab, 0], slabs[slab, 1]
-    plane = grad_staged[b, slab]
+    like, itemsize, plane = block[0], block.itemsize, address_of(grad_staged, b, slab)
     pixels = s.H * s.W
     for start in range(0, pixels, 64):
         length = min(64, pixels - start)
-        turn_back(s.lanes, plane.ctypes.data + start * s.lanes * block.itemsize, s.lanes, s.lanes, length, block)
+        runs = plane + start * s.lanes * itemsize
+        turn(like, itemsize, s.lanes, runs, s.lanes, address_of(block, 0, 0), 64, length, s.lanes)
         for c in range(count):
             to = grad_input.address + ((n * s.C + first + c) * pixels + start) * grad_input.s3
             store_run(block, c * 64, length, to, grad_input.kind)
 
 
 @inner
-def turn(lanes, block, channels, pixels, runs, row):  # type: ignore[no-untyped-def]
-    """runs[p, c] = block[c*64 + p] for a block of up to 64 pixels; channels a multiple of lanes.
+def turn(like, itemsize, lanes, source, source_row, target, target_row, rows, columns):  # type: ignore[no-untyped-def]
+    """target[j, i] = source[i, j] for rows x columns elements, both rounded up to a multiple of lanes.
 
-    `runs` is an address; its rows are `row` elements apart. Where pixels are no multiple of lanes, so many more of the
-    block are read and written as make it one.
+    source and target are addresses; their rows are so many elements apart.
     """
     stay_apart()
-    like, itemsize, start = block[0], block.itemsize, block.ctypes.data
-    for c in range(0, channels, lanes):
-        for p in range(0, pixels, lanes):
-            source, target = start + (c * 64 + p) * itemsize, runs + (p * row + c) * itemsize
+    for i in range(0, rows, lanes):
+        for j in range(0, columns, lanes):
+            read, write = source + (i * source_row + j) * itemsize, target + (j * target_row + i) * itemsize
             if lanes == 16:
-                transpose16(like, source, 64, target, row)
+                transpose16(like, read, source_row, write, target_row)
             else:
-                transpose8(like, source, 64, target, row)
-
-
-@inner
-def turn_back(lanes, runs, row, channels, pixels, block):  # type: ignore[no-untyped-def]
-    """block[c*64 + p] = runs[p, c]: the inverse of `turn`, reading as far."""
-    stay_apart()
-    like, itemsize, start = block[0], block.itemsize, block.ctypes.data
-    for c in range(0, channels, lanes):
-        for p in range(0, pixels, lanes):
-            source, target = runs + (p * row + c) * itemsize, start + (c * 64 + p) * itemsize
-            if lanes == 16:
-                transpose16(like, source, row, target, 64)
-            else:
-                transpose8(like, source, row, target, 64)
+                transpose8(like, read, source_row, write, target_row)
 
 
 @inner
