@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba.np.unsafe.ndarray import to_fixed_tuple
 
 from dcn_kernels.cpu.convert import address_of, fetch_run, store_run
 from dcn_kernels.cpu.gemm import LDA
-from dcn_kernels.cpu.jit import inner, stay_apart
+from dcn_kernels.cpu.jit import inner, stay_apart, to_fixed_tuple
 from dcn_kernels.cpu.lanes import blend8, blend16, dots8, dots16, spread8, spread16
 from dcn_kernels.cpu.sampling import coordinate_gradients
 from dcn_kernels.cpu.slabs import load_pixels

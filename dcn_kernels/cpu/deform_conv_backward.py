@@ -13,7 +13,6 @@ follows from the shapes alone, so results are the same, bit by bit, at every num
 from __future__ import annotations
 
 import numpy as np
-from numba.np.unsafe.ndarray import to_fixed_tuple
 
 from dcn_kernels.cpu.columns import (
     SHAPE_FIELDS,
@@ -25,7 +24,7 @@ from dcn_kernels.cpu.columns import (
 )
 from dcn_kernels.cpu.convert import address_of, clear, load_run, store_run
 from dcn_kernels.cpu.gemm import DEPTH, LDA, MR, columns_by_rows, rows_by_panels
-from dcn_kernels.cpu.jit import inner, kernel, stay_apart
+from dcn_kernels.cpu.jit import inner, kernel, stay_apart, to_fixed_tuple
 from dcn_kernels.cpu.sampling import corner_table
 from dcn_kernels.cpu.slabs import array_from, load_pixels, round_up, stage, turn, unstage
 from dcn_kernels.cpu.threads import barrier, claim

@@ -17,10 +17,13 @@ import numba
 from numba import types
 from numba.core.caching import FunctionCache, IndexDataCacheFile
 from numba.extending import intrinsic as _intrinsic
+from numba.np.unsafe.ndarray import to_fixed_tuple as _to_fixed_tuple
 
 _log = logging.getLogger("dcn_kernels")
 
-intrinsic: Any = _intrinsic  # mypy would hold callers in compiled code to the Python signature
+# mypy would hold callers in compiled code to the Python signatures
+intrinsic: Any = _intrinsic
+to_fixed_tuple: Any = _to_fixed_tuple
 
 # Contraction and reassociation let loops use fused multiply-add and vectors. No flag that assumes there are no NaNs:
 # it would delete the checks of coordinates.
