@@ -1,0 +1,192 @@
+"""`dcn-bench sampling`: where filters look, as a picture and as numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+from dcn_kernels.cli import console
+
+KINDS = (".png", ".svg", ".pdf")
+
+
+def _pair(context: click.Context, option: click.Parameter, value: Any) -> Any:
+    """3 or 3x3 as (3, 3)."""
+    if value is None:
+        return None
+    parts = value.split("x")
+    if len(parts) > 2 or not all(part.isdigit() for part in parts):
+        raise click.BadParameter(f"expected a whole number or HxW, got {value!r}")
+    return int(parts[0]), int(parts[-1])
+
+
+def _unit(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> list[tuple[int, int]]:
+    units = []
+    for value in values:
+        parts = value.split(",")
+        if len(parts) != 2 or not all(part.strip().isdigit() for part in parts):
+            raise click.BadParameter(f"expected ROW,COLUMN, got {value!r}")
+        units.append((int(parts[0]), int(parts[1])))
+    return units
+
+
+@click.command()
+@click.option("--offset", "offsets", multiple=True, metavar="FILE.npy", help="Offsets of a layer (N, 2*OG*K, OH, OW); "
+              "repeat for layers above each other, the top one last.")  # fmt: skip
+@click.option("--image", metavar="FILE", help="Image file of the whole input, drawn beneath.")
+@click.option("--demo", is_flag=True, help="A photograph that matplotlib ships, with synthetic offsets.")
+@click.option("-o", "--output", metavar="FILE.png", help="Picture to write (.png, .svg or .pdf).")
+@click.option("--at", "units", multiple=True, callback=_unit, metavar="ROW,COLUMN", help="A unit of the top layer's "
+              "output; repeatable. Default: the middle.")  # fmt: skip
+@click.option("--kernel", default="3", show_default=True, callback=_pair, metavar="K|HxW", help="Of every layer.")
+@click.option("--stride", default="1", show_default=True, callback=_pair, metavar="S|HxW")
+@click.option("--padding", callback=_pair, metavar="P|HxW", help="Default: dilation * (kernel - 1) / 2.")
+@click.option("--dilation", default="1", show_default=True, callback=_pair, metavar="D|HxW")
+@click.option("--input-size", callback=_pair, metavar="HxW", help="Of the lowest layer's input. Default: the smallest.")
+@click.option("--index", default=0, show_default=True, help="Which image of the batch.")
+@click.option("--group", default=0, show_default=True, help="Which offset group.")
+@click.option("--json", "as_json", is_flag=True, help="Print only the numbers, as JSON.")
+def sampling(
+    offsets: tuple[str, ...],
+    image: str | None,
+    demo: bool,
+    output: str | None,
+    units: list[tuple[int, int]],
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int] | None,
+    dilation: tuple[int, int],
+    input_size: tuple[int, int] | None,
+    index: int,
+    group: int,
+    as_json: bool,
+) -> None:
+    """Show where deformable filters look: a picture of their sampling points, and numbers of each layer's offsets.
+
+    The numbers: mean and spread of the effective dilation (Table 2 of the paper), how many points leave the input,
+    NaNs and infinities, and how far points move, in pixels of the layer's input.
+
+    \b
+    Examples:
+      dcn-bench sampling --demo -o demo.png
+      dcn-bench sampling --offset res5c.npy --dilation 2
+      dcn-bench sampling --offset res5a.npy --offset res5b.npy --offset res5c.npy --dilation 2 \\
+                         --image street.jpg --at 20,30 --at 12,40 -o points.png
+    """
+    import importlib.util
+
+    if demo == bool(offsets):
+        console.fail("expected either --offset or --demo")
+    if demo and not output:
+        console.fail("--demo draws a picture: expected -o FILE.png")
+    if output:
+        if Path(output).suffix not in KINDS:
+            console.fail(f"--output: expected a name that ends in {', '.join(KINDS)}, got {output!r}")
+        console.check_writable(output)
+        if importlib.util.find_spec("matplotlib") is None:
+            console.fail("a picture needs matplotlib: pip install 'dcn-kernels[plot]'")
+    elif image or units:
+        console.fail("--image and --at belong to a picture: expected -o FILE.png")
+    photograph = None
+    if demo:
+        from dcn_kernels import sampling_picture
+
+        photograph, layers, chosen = sampling_picture.demo()
+        units, names = units or chosen, ["layer 1", "layer 2", "layer 3"]
+        console.note(f"--demo: {sampling_picture.DEMO}")
+    else:
+        if padding is None:
+            padding = tuple(d * (k - 1) // 2 for d, k in zip(dilation, kernel, strict=True))  # type: ignore[assignment]
+        same = {"kernel_size": kernel, "stride": stride, "padding": padding, "dilation": dilation}
+        layers = [{"offset": _array(path), **same} for path in offsets]
+        names = [Path(path).stem for path in offsets]
+    sizes = _sizes(layers, input_size)
+    _numbers(names, layers, sizes, as_json)
+    if not output:
+        return
+    if image:
+        photograph = _picture(image)
+    from dcn_kernels import sampling_picture
+
+    if not units:
+        OH, OW = layers[-1]["offset"].shape[2:]
+        units = [(OH // 2, OW // 2)]
+    try:
+        kind = Path(output).suffix[1:]
+        drawn = sampling_picture.draw(layers, units, photograph, sizes[0], kind, index=index, group=group)
+    except ValueError as error:
+        console.fail(str(error))
+    console.write_bytes(output, drawn)
+    console.note(f"saved {output}")
+
+
+def _array(path: str) -> Any:
+    import numpy as np
+
+    try:
+        found = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        console.fail(f"--offset: cannot read {path}: {getattr(error, 'strerror', None) or error}")
+    if not isinstance(found, np.ndarray) or found.ndim != 4:
+        console.fail(f"--offset: {path}: expected one array (N, 2*OG*K, OH, OW), got {getattr(found, 'shape', found)}")
+    return found
+
+
+def _picture(path: str) -> Any:
+    import matplotlib.image
+
+    try:
+        return matplotlib.image.imread(path)
+    except (OSError, ValueError, SyntaxError) as error:  # Pillow calls a broken PNG a SyntaxError
+        console.fail(f"--image: cannot read {path}: {error}")
+
+
+def _sizes(layers: list[dict[str, Any]], input_size: tuple[int, int] | None) -> list[tuple[int, int]]:
+    """Each layer's input size: the output's of the layer beneath, and for the lowest what was given or the smallest."""
+    lowest = layers[0]
+    smallest = tuple(
+        (length - 1) * stride + dilation * (kernel - 1) + 1 - 2 * padding
+        for length, kernel, stride, padding, dilation in zip(
+            lowest["offset"].shape[2:],
+            *(_as_pair(lowest[name]) for name in ("kernel_size", "stride", "padding", "dilation")),
+            strict=True,
+        )
+    )
+    first: Any = input_size or smallest
+    return [first, *(layer["offset"].shape[2:] for layer in layers[:-1])]
+
+
+def _as_pair(value: Any) -> tuple[int, int]:
+    return value if isinstance(value, tuple) else (value, value)
+
+
+def _numbers(names: list[str], layers: list[dict[str, Any]], sizes: list[tuple[int, int]], as_json: bool) -> None:
+    """A row for each layer on stdout."""
+    import json
+
+    from dcn_kernels import effective_dilation, offset_statistics
+
+    rows: dict[str, dict[str, Any]] = {}
+    for name, layer, size in zip(names, layers, sizes, strict=True):
+        try:
+            found = offset_statistics(input_size=size, **layer, quantiles=(0.5, 0.95, 1.0))
+            if _as_pair(layer["kernel_size"]) != (1, 1):
+                dilations = effective_dilation(**layer)
+                found["effective_dilation"] = {"mean": float(dilations.mean()), "std": float(dilations.std())}
+        except (ValueError, TypeError) as error:
+            console.fail(f"{name}: {error}")
+        rows[name] = found
+    if as_json:
+        console.say(json.dumps(rows, indent=1))
+        return
+    columns = ["layer", "effective dilation", "outside", "without offsets", "NaN", "infinite", "median length", "95 %",
+               "longest"]  # fmt: skip
+    cells = []
+    for name, found in rows.items():
+        of = found.get("effective_dilation")
+        spread = f"{of['mean']:.2f} +- {of['std']:.2f}" if of else ""
+        shares = [f"{100 * found[key]:.1f} %" for key in ("outside", "outside_without_offsets")]
+        lengths = [f"{length:.2f}" for length in found["length"].values()]
+        cells.append([name, spread, *shares, str(found["nan"]), str(found["infinite"]), *lengths])
+    console.table("", columns, cells, right=columns[1:])
