@@ -32,7 +32,7 @@ def spread(effective_dilation: float, dilation: float = 2.0) -> float:
     --------
     >>> from dcn_kernels.layers import spread
     >>> round(spread(5.8), 2)  # res5c, medium objects
-    3.1
+    3.11
     """
     levels = (np.arange(400) + 0.5) / 400  # a radius and an angle at evenly spread quantiles
     radius = np.sqrt(-2 * np.log1p(-levels))[:, None]
