@@ -11,6 +11,8 @@ from typing import Any
 
 import click
 from dcn_kernels.cli import console
+from dcn_kernels.cli.cost import cost
+from dcn_kernels.cli.sampling import sampling
 
 BACKENDS = ("reference", "cpu", "cuda")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -428,3 +430,7 @@ def readme(folder: str) -> None:
     path = str(Path(folder) / "README.md")
     console.write(path, record.readme(records))
     console.note(f"saved {path}")
+
+
+main.add_command(cost)
+main.add_command(sampling)

@@ -26,8 +26,7 @@ def demo(seed: int = 0) -> tuple[np.ndarray, list[dict[str, Any]], list[tuple[in
     import matplotlib.cbook
     import matplotlib.image
 
-    with matplotlib.cbook.get_sample_data("grace_hopper.jpg") as file:
-        photograph = matplotlib.image.imread(file, format="jpg")
+    photograph = matplotlib.image.imread(matplotlib.cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))
     OH, OW, face = 38, 32, (15, 16)
     rng = np.random.default_rng(seed)
     rows, columns = np.mgrid[:OH, :OW]
