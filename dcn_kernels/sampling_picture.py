@@ -100,7 +100,7 @@ def draw(
             )  # fmt: skip
         centre = _centre(layers, unit) * scale
         handles[-1, "centre of the filter"] = axis.scatter(
-            centre[1], centre[0], 130, _CENTRE, marker="X", edgecolors="white", linewidths=1.2, zorder=20
+            centre[1], centre[0], 130, _CENTRE, marker="X", edgecolors="black", linewidths=1.2, zorder=20
         )
         axis.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5), xticks=[], yticks=[], aspect="equal")
         lowest = points[0] * scale
@@ -163,7 +163,7 @@ def _smaller(buffer: io.BytesIO) -> bytes:
     from PIL import Image  # matplotlib needs it too
 
     with Image.open(buffer) as picture:
-        palette = picture.convert("RGB").quantize(256, dither=Image.Dither.FLOYDSTEINBERG)
+        palette = picture.convert("RGB").quantize(256, kmeans=2)  # the few orange pixels keep their colour
     small = io.BytesIO()
     palette.save(small, format="png", optimize=True)
     return small.getvalue()

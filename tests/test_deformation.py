@@ -22,6 +22,8 @@ from dcn_kernels import (
     sampling_points,
     stacked_sampling_points,
 )
+from dcn_kernels.environment import why_not
+from dcn_kernels.gradcheck import to_backend, to_numpy
 
 DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
 
@@ -383,3 +385,40 @@ def test_torch_tensors_give_torch_tensors() -> None:
     boxes = torch.tensor([[0, 0, 0, 3, 3.0]])
     assert isinstance(deform_roi_bins(boxes, output_size=3), torch.Tensor)
     assert effective_dilation_by_class(offset, boxes, 3, padding=1)["small"]["filters"] == 16
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(bool(why_not("cuda")), reason=f"cuda: {why_not('cuda')}")
+def test_a_gpu_gives_what_the_cpu_gives() -> None:
+    rng = np.random.default_rng(7)
+    host = {
+        "offset": rng.standard_normal((2, 36, 9, 9)).astype(np.float32),
+        "boxes": np.array([[0, 0, 0, 3, 3], [1, 2, 2, 8, 8]], np.float32),
+        "shift": rng.standard_normal((2, 2, 3, 3)).astype(np.float32),
+    }
+    device = to_backend("cuda", host)
+
+    def results(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        offset, boxes, shift = arrays.values()
+        layer = {"offset": offset, "kernel_size": 3, "padding": 1}
+        found = {f"stacked {i}": p for i, p in enumerate(stacked_sampling_points([layer] * 3, at=(4, 4)))}
+        found |= {f"bins {c}": deform_roi_bins(boxes, shift, output_size=3, convention=c) for c in ("paper", "mmcv")}
+        found["ps bins"] = deform_ps_roi_bins(boxes, shift, output_size=5, part_size=3)
+        found["points"] = sampling_points(offset, 3, padding=1)
+        found["dilation"] = effective_dilation(offset, 3)
+        return found
+
+    want, got = results(host), results(device)
+    for name, array in got.items():
+        assert type(array) is type(device["offset"]), name
+        np.testing.assert_allclose(to_numpy(array), want[name], rtol=1e-6, atol=1e-6, err_msg=name)
+    for function in (
+        lambda a: offset_statistics(a["offset"], 9, 3, padding=1, quantiles=[1.0]),
+        lambda a: effective_dilation_by_class(a["offset"], a["boxes"], 3, padding=1),
+    ):
+        assert repr(jsonable(function(device))) == repr(jsonable(function(host)))
+
+
+def jsonable(found: dict) -> dict:
+    """Numbers rounded, so that the last bits of float32 sums do not count."""
+    return {k: jsonable(v) if isinstance(v, dict) else round(float(v), 4) for k, v in found.items()}
