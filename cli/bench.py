@@ -127,6 +127,13 @@ def profile(
     interrupted = False
     failure = ""
     settings = profiling.Settings()
+    warned: set[str] = set()
+
+    def warn(message: str) -> None:
+        if message not in warned:  # that a peer has no backward is said once, not for every row
+            warned.add(message)
+            console.warn(message)
+
     for count in threads or (None,):
         settings = profiling.Settings(
             directions or profiling.DIRECTIONS, dtypes or ("float32",), backends, offsets or ("smooth", "random"),
@@ -134,7 +141,7 @@ def profile(
         )  # fmt: skip
         with console.progress("profile") as report, _running(peers, count, versions) as running:
             try:
-                for row in profiling.profile(chosen, settings, running, report, console.warn):
+                for row in profiling.profile(chosen, settings, running, report, warn):
                     rows.append(row)
             except KeyboardInterrupt:
                 interrupted = True

@@ -127,8 +127,8 @@ def read(path: str | Path) -> Record:
 # ---------------------------------------------------------------- shown
 
 COLUMNS = (
-    "layer", "operator", "direction", "offsets", "dtype", "backend", "median ms", "quartiles", "GFLOP/s", "GB/s",
-    "of ceiling", "bound", "x plain", "temp MB", "compile s",
+    "layer", "operator", "direction", "offsets", "dtype", "backend", "threads", "median ms", "quartiles", "GFLOP/s",
+    "GB/s", "of ceiling", "bound", "x plain", "temp MB", "compile s",
 )  # fmt: skip
 RIGHT = ("median ms", "quartiles", "GFLOP/s", "GB/s", "of ceiling", "x plain", "temp MB", "compile s")
 
@@ -136,8 +136,7 @@ RIGHT = ("median ms", "quartiles", "GFLOP/s", "GB/s", "of ceiling", "x plain", "
 def cells(record: Record) -> tuple[list[str], list[list[str]], list[str]]:
     """(columns, rows, columns to be aligned to the right) of a record as a table."""
     peers = list(dict.fromkeys(name for row in record["rows"] for name in row["against"]))
-    dtypes = {row["dtype"] for row in record["rows"]}
-    backends = {row["backend"] for row in record["rows"]}
+    constant = [c for c in ("dtype", "backend", "threads") if len({row[c] for row in record["rows"]}) == 1]
     columns = [*COLUMNS, *(f"{peer} ms (ratio)" for peer in peers)]
     rows = []
     for row in record["rows"]:
@@ -145,7 +144,7 @@ def cells(record: Record) -> tuple[list[str], list[list[str]], list[str]]:
         temporary = "" if row["temp_bytes"] is None else f"{row['temp_bytes'] / 1e6:.1f}"
         shown = [
             row["layer"], row["op"], row["direction"], row["offsets"], row["dtype"], row["backend"],
-            _number(row["median_ms"]), f"{_number(low)}-{_number(high)}", _number(row["gflops"]),
+            str(row["threads"]), _number(row["median_ms"]), f"{_number(low)}-{_number(high)}", _number(row["gflops"]),
             _number(row["gbytes_s"]), f"{100 * row['ceiling_share']:.0f}%", row["bound"],
             "" if row["plain_ratio"] is None else f"{row['plain_ratio']:.2f}", temporary,
             f"{row['compile_ms'] / 1e3:.1f}",
@@ -154,8 +153,7 @@ def cells(record: Record) -> tuple[list[str], list[list[str]], list[str]]:
             theirs = row["against"].get(peer)
             shown.append(f"{_number(theirs['median_ms'])} ({theirs['ratio']:.2f}x)" if theirs else "")
         rows.append(shown)
-    kept = [i for i, column in enumerate(columns) if not (column == "dtype" and len(dtypes) == 1)
-            and not (column == "backend" and len(backends) == 1)]  # fmt: skip
+    kept = [i for i, column in enumerate(columns) if column not in constant]  # the caption has those
     names = [columns[i] for i in kept]
     return names, [[row[i] for i in kept] for row in rows], [*RIGHT, *(name for name in names if "(ratio)" in name)]
 
@@ -171,8 +169,9 @@ def caption(record: Record) -> str:
     where = device.get("gpu") or device["cpu"] if "cuda" in settings.get("backends", ()) else device["cpu"]
     commit = record["commit"][:8] + ("+changes" if record["dirty"] else "") or "no commit"
     used = {row["dtype"] for row in record["rows"]}
+    threads = ", ".join(map(str, sorted({row["threads"] for row in record["rows"]})))
     return (
-        f"{where}, {settings.get('threads')} threads, {', '.join(sorted(used))}, "
+        f"{where}, {threads} threads, {', '.join(sorted(used))}, "
         f"{', '.join(settings.get('backends', ()))}; {commit}, {record['created'][:10]}"
     )
 

@@ -1,0 +1,172 @@
+"""Pictures of records (`dcn-bench plot`); needs matplotlib."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+from dcn_kernels.record import Record
+
+# Okabe and Ito's colours: told apart also by the colour-blind
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000", "#999999")
+
+
+def draw(records: dict[str, Record], what: str, kind: str) -> bytes:
+    """A picture of records by name.
+
+    Parameters
+    ----------
+    records : dict of name -> record
+    what : {"speed", "memory", "scaling"}
+        Time by layer and backend beside the peers; temporary memory by layer; time by number of threads.
+    kind : {"png", "svg", "pdf"}
+
+    Raises
+    ------
+    ValueError
+        The records hold nothing to draw.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    with plt.style.context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = {"speed": _speed, "memory": _memory, "scaling": _scaling}[what](plt, records)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=kind, dpi=130, bbox_inches="tight")
+        plt.close(figure)
+    return buffer.getvalue()
+
+
+def _series(records: dict[str, Record], row: dict[str, Any], name: str) -> str:
+    """What a bar of ours is called: the backend, and whatever else tells rows apart."""
+    rows = [r for record in records.values() for r in record["rows"]]
+    words = ["dcn-kernels", row["backend"]]
+    if len({r["dtype"] for r in rows}) > 1:
+        words.append(row["dtype"])
+    if len({r["threads"] for r in rows}) > 1:
+        words.append(f"{row['threads']} thread" + "s" * (row["threads"] > 1))
+    return " ".join(words) + (f" ({name})" if len(records) > 1 else "")
+
+
+def _place(row: dict[str, Any]) -> str:
+    """The label of a row's group of bars."""
+    return f"{row['layer']}  {row['op']}" + ("" if row["offsets"] == "none" else f"\n{row['offsets']} offsets")
+
+
+def _bars(plt: Any, panels: dict[str, dict[str, dict[str, float]]], unit: str, title: str, log: bool) -> Any:
+    """Horizontal bars: panel -> place -> series -> value."""
+    series = list(dict.fromkeys(name for places in panels.values() for bars in places.values() for name in bars))
+    places = list(dict.fromkeys(place for panel in panels.values() for place in panel))
+    height = 1.6 + len(places) * max(0.5, 0.2 + 0.17 * len(series))
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(6.2 * len(panels), height), sharey=True, squeeze=False, layout="constrained"
+    )
+    thick = 0.8 / len(series)
+    handles = {}
+    for axis, (panel, groups) in zip(axes[0], panels.items(), strict=True):
+        values = [value for bars in groups.values() for value in bars.values()]
+        for number, name in enumerate(series):
+            at = [place for place in places if name in groups.get(place, {})]
+            long = [groups[place][name] for place in at]
+            middle = (number - (len(series) - 1) / 2) * thick
+            colour = _COLOURS[number % len(_COLOURS)]
+            drawn = axis.barh([places.index(p) + middle for p in at], long, thick * 0.92, color=colour)
+            labels = [f"{value:.3g}" if value < 100 else f"{value:.0f}" for value in long]
+            axis.bar_label(drawn, labels, padding=2, fontsize=8)
+            handles.setdefault(name, drawn)
+        if log:
+            axis.set_xscale("log")
+            axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axis.set_xlim(min(values) / 2, max(values) * 2.5)
+        else:
+            axis.set_xlim(0, max(values) * 1.15)
+        axis.set_title(panel, loc="left", fontweight="bold")
+        axis.set_xlabel(unit)
+        axis.grid(axis="x", alpha=0.3)
+        axis.set_axisbelow(True)
+    axes[0][0].set_yticks(range(len(places)), places)
+    axes[0][0].set_ylim(len(places) - 0.4, -0.6)
+    columns = min(3, len(series))
+    figure.legend(
+        [handles[n] for n in series],
+        series,
+        title=title,
+        loc="outside upper left",
+        ncols=columns,
+        frameon=False,
+        fontsize=9,
+        alignment="left",
+    )
+    return figure
+
+
+def _where(records: dict[str, Record]) -> str:
+    machines = {record["device"].get("gpu") or record["device"]["cpu"] for record in records.values()}
+    threads = sorted({row["threads"] for record in records.values() for row in record["rows"]})
+    return ", ".join(sorted(machines)) + f", {', '.join(map(str, threads))} threads"
+
+
+def _most_threads(records: dict[str, Record]) -> dict[str, Record]:
+    """The rows at each record's largest number of threads: the others are for the picture of scaling."""
+    kept = {}
+    for name, record in records.items():
+        most = max(row["threads"] for row in record["rows"])
+        kept[name] = {**record, "rows": [row for row in record["rows"] if row["threads"] == most]}
+    return kept
+
+
+def _speed(plt: Any, records: dict[str, Record]) -> Any:
+    panels: dict[str, dict[str, dict[str, float]]] = {}
+    records = _most_threads(records)
+    for name, record in records.items():
+        for row in record["rows"]:
+            bars = panels.setdefault(row["direction"], {}).setdefault(_place(row), {})
+            bars[_series(records, row, name)] = row["median_ms"]
+            for peer, theirs in row["against"].items():
+                label = {"torch": "plain conv2d (torch)"}.get(peer, peer)
+                bars[label] = theirs["median_ms"]
+    return _bars(plt, panels, "milliseconds, median (log scale; shorter is better)", _where(records), log=True)
+
+
+def _memory(plt: Any, records: dict[str, Record]) -> Any:
+    panels: dict[str, dict[str, dict[str, float]]] = {}
+    for name, record in records.items():
+        for row in record["rows"]:
+            if row["temp_bytes"] is not None:
+                bars = panels.setdefault(row["direction"], {}).setdefault(_place(row), {})
+                bars[_series(records, row, name)] = row["temp_bytes"] / 1e6
+    if not panels:
+        raise ValueError("the records hold no temporary memory to draw")
+    return _bars(plt, panels, "temporary memory of a call, MB", _where(records), log=False)
+
+
+def _scaling(plt: Any, records: dict[str, Record]) -> Any:
+    lines: dict[str, dict[str, dict[int, float]]] = {}
+    for record in records.values():
+        for row in record["rows"]:
+            label = f"{row['layer']} {row['backend']}" + ("" if row["offsets"] == "none" else f", {row['offsets']}")
+            lines.setdefault(row["direction"], {}).setdefault(label, {})[row["threads"]] = row["median_ms"]
+    if all(len(points) < 2 for panel in lines.values() for points in panel.values()):
+        raise ValueError("scaling needs rows at two numbers of threads: --threads 1 --threads 2")
+    figure, axes = plt.subplots(1, len(lines), figsize=(5.6 * len(lines), 4.6), squeeze=False)
+    for axis, (panel, found) in zip(axes[0], lines.items(), strict=True):
+        most = 1
+        for number, (label, points) in enumerate(found.items()):
+            threads = sorted(points)
+            most = max(most, threads[-1])
+            speedup = [points[threads[0]] / points[count] * threads[0] for count in threads]
+            dashes, colour = "-" if number < len(_COLOURS) else "--", _COLOURS[number % len(_COLOURS)]
+            axis.plot(threads, speedup, linestyle=dashes, marker="o", markersize=4, label=label, color=colour)
+        axis.plot([1, most], [1, most], ":", color="0.5", label="linear")
+        axis.set_title(panel, loc="left", fontweight="bold")
+        axis.set_xlabel("threads")
+        axis.set_xticks(sorted({count for points in found.values() for count in points}))
+        axis.set_ylabel("speed-up")
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8, frameon=False, loc="upper left")
+    figure.suptitle(", ".join(sorted({r["device"]["cpu"] for r in records.values()})), x=0.01, ha="left", fontsize=11)
+    figure.tight_layout()
+    return figure
