@@ -161,8 +161,9 @@ def _to_other(array: np.ndarray, like: Any) -> Any:
     if hasattr(like, "__array_namespace__"):
         return like.__array_namespace__().from_dlpack(array)
     module = sys.modules.get(type(like).__module__.partition(".")[0])
-    if hasattr(module, "from_dlpack"):
-        return module.from_dlpack(array)
+    from_dlpack = getattr(module, "from_dlpack", None)
+    if from_dlpack is not None:
+        return from_dlpack(array)
     capsules = getattr(getattr(module, "experimental", None), "dlpack", None)  # TensorFlow: wants the capsule itself
     return array if capsules is None else capsules.from_dlpack(array.__dlpack__())
 

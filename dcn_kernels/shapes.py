@@ -230,6 +230,12 @@ def bind(op: Op, arrays: dict[str, Any], params: Params) -> Sizes:
     return dict(_bind(op, tuple((name, tuple(array.shape)) for name, array in arrays.items()), tuple(params.items())))
 
 
+def bind_symbols(op: Op, arrays: dict[str, Any], params: Params) -> Sizes:
+    """`bind` for sizes that may be a tracer's symbols: these have no hash, so nothing is kept for the next call."""
+    shape_of = tuple((name, tuple(array.shape)) for name, array in arrays.items())
+    return _bind.__wrapped__(op, shape_of, tuple(params.items()))
+
+
 @lru_cache(maxsize=1024)  # a layer is called again and again with the same shapes
 def _bind(
     op: Op, shapes: tuple[tuple[str, tuple[int, ...]], ...], params_items: tuple[tuple[str, Any], ...]

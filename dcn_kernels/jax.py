@@ -1,0 +1,316 @@
+"""Every operator as a JAX function that jit, grad and vmap transform: `import dcn_kernels.jax`.
+
+The functions are made from the registry and take what the plain functions take, but for `out` and `backend`. XLA calls
+`_handler` through its foreign function interface with the addresses of its own buffers, so no argument is copied on the
+CPU, and a forward writes where XLA wants the result; a gradient is copied there once. `vmap` makes one call per
+element. The handler for CUDA is written, and **has not run on a GPU yet**.
+
+Examples
+--------
+>>> import jax, jax.numpy as jnp
+>>> from dcn_kernels.jax import deform_conv2d
+>>> image, offset = jnp.ones((1, 3, 8, 8)), jnp.zeros((1, 18, 8, 8))
+>>> weight = jnp.ones((4, 3, 3, 3))
+>>> jax.jit(lambda *arrays: deform_conv2d(*arrays, padding=1))(image, offset, weight).shape
+(1, 4, 8, 8)
+>>> jax.grad(lambda offset: deform_conv2d(image, offset, weight, padding=1).sum())(offset).shape
+(1, 18, 8, 8)
+"""
+
+from __future__ import annotations
+
+import ctypes
+import inspect
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+
+import dcn_kernels
+from dcn_kernels import shapes
+from dcn_kernels.op import Op, call
+
+TARGET = "dcn_kernels"
+# What only the plain functions take: XLA allocates results and knows the device.
+PLAIN_ONLY = ("out", "backend", "return_argmax")
+
+# ---------------------------------------------------------------- XLA's interface, of xla/ffi/api/c_api.h
+
+POINTER = ctypes.c_void_p
+HEAD: list[Any] = [("struct_size", ctypes.c_size_t), ("extension", POINTER)]
+EXECUTE = 3  # the stage at which the arrays are there
+METADATA, INTERNAL_ERROR = 1, 13
+DTYPES = {5: np.int64, 10: np.float16, 11: np.float32, 12: np.float64, 16: ml_dtypes.bfloat16}
+
+
+class _Version(ctypes.Structure):
+    _fields_ = [*HEAD, ("major", ctypes.c_int), ("minor", ctypes.c_int)]
+
+
+class _Metadata(ctypes.Structure):
+    _fields_ = [("struct_size", ctypes.c_size_t), ("version", _Version)]
+
+
+class _Extension(ctypes.Structure):
+    _fields_ = [("struct_size", ctypes.c_size_t), ("type", ctypes.c_int), ("next", POINTER), ("metadata", POINTER)]
+
+
+class _Api(ctypes.Structure):  # its first members
+    _fields_ = [
+        *HEAD,
+        ("version", _Version),
+        *((name, POINTER) for name in ("internal", "error_create", "error_message", "error_destroy", "register")),
+        ("stream_get", POINTER),
+    ]
+
+
+class _ErrorCreate(ctypes.Structure):
+    _fields_ = [*HEAD, ("message", ctypes.c_char_p), ("code", ctypes.c_int)]
+
+
+class _StreamGet(ctypes.Structure):
+    _fields_ = [*HEAD, ("context", POINTER), ("stream", POINTER)]
+
+
+class _Buffer(ctypes.Structure):
+    _fields_ = [
+        *HEAD,
+        ("dtype", ctypes.c_int),
+        ("data", POINTER),
+        ("rank", ctypes.c_int64),
+        ("dims", ctypes.POINTER(ctypes.c_int64)),
+    ]
+
+
+class _Buffers(ctypes.Structure):
+    _fields_ = [
+        *HEAD,
+        ("size", ctypes.c_int64),
+        ("types", POINTER),
+        ("buffers", ctypes.POINTER(ctypes.POINTER(_Buffer))),
+    ]
+
+
+class _Span(ctypes.Structure):
+    _fields_ = [("data", POINTER), ("size", ctypes.c_size_t)]
+
+
+class _Attributes(ctypes.Structure):
+    _fields_ = [
+        *HEAD,
+        ("size", ctypes.c_int64),
+        ("types", POINTER),
+        ("names", POINTER),
+        ("values", ctypes.POINTER(ctypes.POINTER(_Span))),
+    ]
+
+
+class _Frame(ctypes.Structure):
+    _fields_ = [
+        *HEAD,
+        ("api", ctypes.POINTER(_Api)),
+        ("context", POINTER),
+        ("stage", ctypes.c_int),
+        ("arguments", _Buffers),
+        ("results", _Buffers),
+        ("attributes", _Attributes),
+    ]
+
+
+def _numpy_array(buffer: _Buffer) -> np.ndarray:
+    """XLA's memory as an array, without a copy."""
+    shape, dtype = tuple(buffer.dims[: buffer.rank]), np.dtype(DTYPES[buffer.dtype])
+    if prod(shape) == 0:
+        return np.empty(shape, dtype)
+    memory = (ctypes.c_byte * (prod(shape) * dtype.itemsize)).from_address(buffer.data)
+    return np.frombuffer(memory, dtype).reshape(shape)
+
+
+def _cupy_array(buffer: _Buffer) -> Any:
+    import cupy
+
+    shape, dtype = tuple(buffer.dims[: buffer.rank]), np.dtype(DTYPES[buffer.dtype])
+    if prod(shape) == 0:
+        return cupy.empty(shape, dtype)
+    memory = cupy.cuda.UnownedMemory(buffer.data, prod(shape) * dtype.itemsize, None)
+    return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(memory, 0))
+
+
+@contextmanager
+def _xla_stream(frame: _Frame) -> Iterator[None]:
+    """CuPy on the GPU and the stream that XLA runs this call on."""
+    import cupy
+
+    arguments = _StreamGet(ctypes.sizeof(_StreamGet), None, frame.context, None)
+    stream_get = ctypes.CFUNCTYPE(POINTER, POINTER)(frame.api.contents.stream_get)
+    if stream_get(ctypes.addressof(arguments)):
+        raise RuntimeError("XLA gave no CUDA stream")
+    pointers = [frame.arguments.buffers[i].contents.data for i in range(frame.arguments.size)]
+    device = cupy.cuda.runtime.pointerGetAttributes(next(p for p in pointers if p)).device if any(pointers) else 0
+    with cupy.cuda.Device(device), cupy.cuda.ExternalStream(arguments.stream or 0, device):
+        yield
+
+
+def _run(frame: _Frame, array: Callable[[_Buffer], Any]) -> None:
+    """One call: what to do is in the only attribute, as JSON."""
+    span = frame.attributes.values[0].contents
+    what = _parsed(ctypes.string_at(span.data, span.size))
+    given = [array(frame.arguments.buffers[i].contents) for i in range(frame.arguments.size)]
+    results = [array(frame.results.buffers[i].contents) for i in range(frame.results.size)]
+    op = dcn_kernels.OPS[what["op"]]
+    arrays = {**dict.fromkeys(op.arrays), **dict(zip(what["arrays"], given, strict=True))}
+    if what["wrt"] is None:
+        call(op, "forward", arrays, what["params"], out=results[0])
+        return
+    grads = call(op, "backward", arrays, what["params"], wrt=what["wrt"])
+    for name, result in zip(what["wrt"], results, strict=True):
+        result[...] = grads[name]
+
+
+@lru_cache(maxsize=1024)
+def _parsed(text: bytes) -> dict[str, Any]:
+    return json.loads(text)
+
+
+def _handler(array: Callable[[_Buffer], Any], stream: Callable[[_Frame], Any] | None) -> Any:
+    """A C function that XLA can call. Kept by the caller, or Python would free it."""
+
+    @ctypes.CFUNCTYPE(POINTER, ctypes.POINTER(_Frame))
+    def handle(pointer: Any) -> int | None:
+        frame = pointer.contents
+        if frame.extension:
+            extension = _Extension.from_address(frame.extension)
+            if extension.type == METADATA:  # the first call: which version of the interface is this?
+                version, known = _Metadata.from_address(extension.metadata).version, frame.api.contents.version
+                version.major, version.minor = known.major, known.minor
+                return None
+        if frame.stage != EXECUTE:
+            return None
+        try:
+            if stream is None:
+                _run(frame, array)
+            else:
+                with stream(frame):
+                    _run(frame, array)
+        except BaseException as error:  # nothing may pass through C
+            message = f"{type(error).__name__}: {error}".encode()
+            arguments = _ErrorCreate(ctypes.sizeof(_ErrorCreate), None, message, INTERNAL_ERROR)
+            create = ctypes.CFUNCTYPE(POINTER, POINTER)(frame.api.contents.error_create)
+            return create(ctypes.addressof(arguments))
+        return None
+
+    return handle
+
+
+_HANDLERS = {"cpu": _handler(_numpy_array, None), "CUDA": _handler(_cupy_array, _xla_stream)}
+for _platform, _function in _HANDLERS.items():
+    jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(_function), platform=_platform)
+
+# ---------------------------------------------------------------- functions
+
+
+@dataclass(frozen=True)
+class Described:
+    """Shape and dtype of an argument, as the checks in `shapes` read them."""
+
+    shape: tuple[Any, ...]
+    dtype: np.dtype
+
+
+def _call(
+    op: Op, arrays: dict[str, Any], params: dict[str, Any], results: list[Any], wrt: list[str] | None
+) -> list[Any]:
+    what = {"op": op.name, "arrays": list(arrays), "params": params, "wrt": wrt}
+    text = json.dumps(what, default=lambda value: value.item())  # a NumPy number
+    function = jax.ffi.ffi_call(TARGET, results, vmap_method="sequential")
+    return list(function(*arrays.values(), call=text))
+
+
+@lru_cache(maxsize=1024)
+def _differentiable(op: Op, names: tuple[str, ...], params_text: str) -> Callable[..., Any]:
+    """The operator on the arrays `names`, with these parameters; the same object again, so that jit finds its trace."""
+    params = json.loads(params_text)
+
+    @jax.custom_vjp
+    def function(*values: Any) -> Any:
+        arrays = dict(zip(names, values, strict=True))
+        described = {name: Described(tuple(array.shape), np.dtype(array.dtype)) for name, array in arrays.items()}
+        shapes.check_dtypes(op, described)
+        sizes = shapes.bind_symbols(op, described, op.parameters(params))
+        result = jax.ShapeDtypeStruct(shapes.evaluate(op.output, sizes), described[next(iter(op.arrays))].dtype)
+        return _call(op, arrays, params, [result], None)[0]
+
+    def forward(*primals: Any) -> Any:
+        values = [primal.value for primal in primals]
+        # Which gradients are needed is known here: kept as the keys of a dict, which are no arrays.
+        needed = {name: () for name, p in zip(names, primals, strict=True) if p.perturbed and name in op.differentiable}
+        return function(*values), (values, needed)
+
+    def backward(kept: Any, grad_output: Any) -> tuple[Any, ...]:
+        values, needed = kept
+        wrt = [name for name in op.differentiable if name in needed]
+        if not wrt or isinstance(grad_output, jax.custom_derivatives.SymbolicZero):
+            return (None,) * len(names)
+        arrays = dict(zip(names, values, strict=True))
+        results = [jax.ShapeDtypeStruct(arrays[name].shape, arrays[name].dtype) for name in wrt]
+        backward_params = {name: value for name, value in params.items() if name not in PLAIN_ONLY}
+        grads = dict(
+            zip(wrt, _call(op, {"grad_output": grad_output, **arrays}, backward_params, results, wrt), strict=True)
+        )
+        return tuple(grads.get(name) for name in names)
+
+    function.defvjp(forward, backward, symbolic_zeros=True)
+    return function
+
+
+def _function_of(op: Op) -> Callable[..., Any]:
+    plain = inspect.signature(getattr(dcn_kernels, op.name))
+    signature = plain.replace(parameters=[p for name, p in plain.parameters.items() if name not in PLAIN_ONLY])
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{op.name}: {error}") from None
+        bound.apply_defaults()
+        arrays = {}
+        for name in (name for name in bound.arguments if name in op.arrays):
+            array = bound.arguments[name]
+            if array is None and name in op.optional:
+                continue
+            if not isinstance(array, (jax.Array, np.ndarray)):
+                raise TypeError(f"{op.name}: {name}: expected a JAX or NumPy array, got {type(array).__name__}")
+            arrays[name] = jax.numpy.asarray(array)
+        params = {name: value for name, value in bound.arguments.items() if name not in op.arrays}
+        op.parameters(params)
+        text = json.dumps(params, default=lambda value: value.item())
+        return _differentiable(op, tuple(arrays), text)(*arrays.values())
+
+    function.__name__ = function.__qualname__ = op.name
+    function.__signature__ = signature  # type: ignore[attr-defined]
+    function.__doc__ = (
+        f"`dcn_kernels.{op.name}` as a JAX function; see there for the arguments.\n\n"
+        f"    Gradients: {', '.join(op.differentiable)}, each computed only where it is needed. `jax.vmap` makes one "
+        "call per element.\n    "
+    )
+    return function
+
+
+_FUNCTIONS = {name: _function_of(op) for name, op in dcn_kernels.OPS.items()}
+deform_conv2d = _FUNCTIONS["deform_conv2d"]
+offset_sample2d = _FUNCTIONS["offset_sample2d"]
+roi_pool = _FUNCTIONS["roi_pool"]
+ps_roi_pool = _FUNCTIONS["ps_roi_pool"]
+roi_align = _FUNCTIONS["roi_align"]
+ps_roi_align = _FUNCTIONS["ps_roi_align"]
+deform_roi_pool = _FUNCTIONS["deform_roi_pool"]
+deform_ps_roi_pool = _FUNCTIONS["deform_ps_roi_pool"]
+
+__all__ = list(_FUNCTIONS)

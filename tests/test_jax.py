@@ -1,0 +1,153 @@
+"""dcn_kernels.jax: every row under jit, grad and vmap, through XLA's foreign function interface."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from conftest import cases, cast, first_cases
+
+import dcn_kernels
+from dcn_kernels.op import Op, Sample
+from dcn_kernels.shapes import DTYPES
+
+jax = pytest.importorskip("jax", reason="jax is not installed")
+
+import dcn_kernels.jax as functions  # noqa: E402
+
+FIRST = first_cases()
+
+
+@pytest.fixture(autouse=True)
+def float64() -> Iterator[None]:
+    with jax.enable_x64(True):
+        yield
+
+
+def jax_arrays(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    return {name: jax.numpy.asarray(array) for name, array in arrays.items()}
+
+
+def function(op: Op, sample: Sample) -> Any:
+    return lambda arrays: getattr(functions, op.name)(**arrays, **sample.params)
+
+
+def test_every_operator_is_there() -> None:
+    assert set(functions.__all__) == set(dcn_kernels.OPS)
+
+
+@pytest.mark.parametrize(("op", "sample"), cases())
+def test_values_and_gradients_are_those_of_the_plain_functions(op: Op, sample: Sample) -> None:
+    arrays = jax_arrays(sample.arrays)
+    want = getattr(dcn_kernels, op.name)(**sample.arrays, **sample.params)
+    got, pull = jax.vjp(jax.jit(function(op, sample)), arrays)
+    np.testing.assert_array_equal(got, want)
+    grad = np.linspace(-1, 1, want.size).reshape(want.shape)
+    params = {name: value for name, value in sample.params.items() if name != "return_argmax"}
+    wants = getattr(dcn_kernels, f"{op.name}_backward")(grad, **sample.arrays, **params)
+    (gots,) = pull(jax.numpy.asarray(grad))
+    for name, value in gots.items():
+        np.testing.assert_array_equal(value, wants.get(name, np.zeros_like(value)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("op", "sample"), FIRST)
+def test_every_dtype_under_jit(op: Op, sample: Sample, dtype: str) -> None:
+    arrays = cast(sample, op, dtype)
+    want = getattr(dcn_kernels, op.name)(**arrays, **sample.params)
+    got = jax.jit(function(op, sample))(jax_arrays(arrays))
+    assert got.dtype == (ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    np.testing.assert_array_equal(np.asarray(got), want)
+
+
+@pytest.mark.parametrize(("op", "sample"), FIRST)
+def test_vmap_of_values_and_gradients_gives_what_a_loop_gives(op: Op, sample: Sample) -> None:
+    arrays = jax_arrays(sample.arrays)
+    for name in op.differentiable:
+
+        def loss(array: Any, name: str = name) -> Any:
+            return (function(op, sample)({**arrays, name: array}) ** 2).sum()
+
+        stacked = jax.numpy.stack([arrays[name], arrays[name] / 2])
+        for each in (loss, jax.grad(loss)):
+            got = jax.vmap(each)(stacked)
+            np.testing.assert_allclose(got, [each(part) for part in stacked], rtol=1e-12, atol=1e-12)
+
+
+def test_only_the_gradients_that_are_needed_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    call = functions.call
+
+    def spy(op: Op, direction: str, *args: Any, **kwargs: Any) -> Any:
+        if direction == "backward":
+            asked.append(list(kwargs["wrt"]))
+        return call(op, direction, *args, **kwargs)
+
+    monkeypatch.setattr(functions, "call", spy)
+    op, sample = FIRST[0].values
+    arrays = jax_arrays(sample.arrays)
+    for name in op.differentiable:
+        grad = jax.grad(lambda array, name=name: function(op, sample)({**arrays, name: array}).sum())
+        for each in (grad, jax.jit(grad)):
+            each(arrays[name]).block_until_ready()
+            assert asked.pop() == [name] and not asked
+
+
+def test_nothing_is_copied_on_the_way_in_and_the_result_is_written_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    call = functions.call
+
+    def spy(op: Op, direction: str, arrays: dict[str, Any], params: Any, **kwargs: Any) -> Any:
+        seen.append((arrays["input"].ctypes.data, kwargs["out"].ctypes.data))
+        return call(op, direction, arrays, params, **kwargs)
+
+    monkeypatch.setattr(functions, "call", spy)
+    image, offset = jax.numpy.ones((1, 4, 16, 16)), jax.numpy.zeros((1, 2, 16, 16))
+    got = jax.jit(functions.offset_sample2d)(image, offset).block_until_ready()
+    assert seen == [(image.unsafe_buffer_pointer(), got.unsafe_buffer_pointer())]
+
+
+def test_wrong_arguments_are_errors_that_name_them() -> None:
+    image, offset = jax.numpy.ones((1, 1, 2, 2)), jax.numpy.zeros((1, 2, 2, 2))
+    sample2d = functions.offset_sample2d
+    for call, error, what in (
+        (lambda: sample2d(image, [0.0]), TypeError, "offset: expected a JAX or NumPy array, got list"),
+        (lambda: sample2d(image), TypeError, "missing a required argument: 'offset'"),
+        (lambda: sample2d(image, offset, out=image), TypeError, ".*unexpected keyword argument 'out'"),
+        (lambda: sample2d(image, offset, border="far"), ValueError, "border: expected one of"),
+        (lambda: sample2d(image, offset.astype("float32")), TypeError, "offset: expected dtype float64"),
+        (lambda: jax.jit(sample2d)(image, offset[:, :1]), ValueError, "offset: expected shape"),
+    ):
+        with pytest.raises(error, match=f"offset_sample2d: {what}"):
+            call()
+
+
+def test_an_error_in_a_running_call_reaches_the_caller() -> None:
+    """The values of RoIs are known only when the compiled call runs."""
+    pool = jax.jit(lambda image, rois: functions.roi_pool(image, rois, 2))
+    image = jax.numpy.ones((1, 1, 4, 4))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="roi_pool: rois: expected batch indices"):
+        pool(image, jax.numpy.array([[3.0, 0, 0, 1, 1]])).block_until_ready()
+    assert (pool(image, jax.numpy.array([[0.0, 0, 0, 1, 1]])) == 1).all()
+
+
+def test_no_regions_give_an_empty_result_and_zero_gradients() -> None:
+    image, rois = jax.numpy.ones((1, 1, 4, 4)), jax.numpy.zeros((0, 5))
+    assert functions.roi_pool(image, rois, 2).shape == (0, 1, 2, 2)
+    assert not jax.grad(lambda image: functions.roi_pool(image, rois, 2).sum())(image).any()
+
+
+def test_many_compiled_calls_at_once() -> None:
+    """XLA calls the handler from threads of its own."""
+    image, offset = jax.numpy.ones((2, 4, 16, 16)), jax.numpy.full((2, 2, 16, 16), 0.5)
+
+    @jax.jit
+    def several(image: Any) -> Any:
+        return [functions.offset_sample2d(image * k, offset) for k in range(8)]
+
+    want = functions.offset_sample2d(image, offset)
+    for k, got in enumerate(several(image)):
+        np.testing.assert_array_equal(got, want * k)

@@ -1,0 +1,407 @@
+"""dcn_kernels.torch: every row as a torch operator, the layers, and two processes."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import cases, first_cases
+
+import dcn_kernels
+from dcn_kernels.op import Op, Sample
+
+torch = pytest.importorskip("torch", reason="torch is not installed")
+
+import dcn_kernels.torch as layers  # noqa: E402
+from dcn_kernels import torch_ops  # noqa: E402
+
+FIRST = first_cases()
+
+
+def tensors(op: Op, sample: Sample, dtype: Any = torch.float64, grad: bool = True) -> dict[str, Any]:
+    return {
+        name: torch.from_numpy(array.copy()).to(dtype).requires_grad_(grad and name in op.differentiable)
+        for name, array in sample.arrays.items()
+    }
+
+
+def values_of(op: Op, arrays: dict[str, Any], params: dict[str, Any]) -> tuple[Any, ...]:
+    """The positional arguments of torch.ops.dcn_kernels.<op>."""
+    arguments = torch_ops.arguments_of(op)
+    defaults = {p.name: p.default for p in arguments.signature.parameters.values()}
+    values = [{**defaults, **params}[name] for name in arguments.params]
+    lists = [
+        [v, v] if name in arguments.pairs and isinstance(v, int) else list(v) if name in arguments.pairs else v
+        for name, v in zip(arguments.params, values, strict=True)
+    ]
+    return (*(arrays.get(name) for name in arguments.arrays), *lists)
+
+
+def function(op: Op) -> Any:
+    return getattr(layers, op.name)
+
+
+# ---------------------------------------------------------------- operators
+
+
+def test_every_operator_is_there_and_has_the_plain_functions_signature() -> None:
+    assert set(torch_ops.FUNCTIONS) == set(dcn_kernels.OPS)
+    for name in dcn_kernels.OPS:
+        assert getattr(layers, name) is torch_ops.FUNCTIONS[name]
+        assert getattr(layers, name).__name__ == name and name in layers.__all__
+
+
+@pytest.mark.parametrize(("op", "sample"), cases())
+def test_values_and_gradients_are_those_of_the_plain_functions(op: Op, sample: Sample) -> None:
+    arrays = tensors(op, sample)
+    got = function(op)(**arrays, **sample.params)
+    plain = {name: array.detach() for name, array in arrays.items()}
+    want = getattr(dcn_kernels, op.name)(**plain, **sample.params)
+    assert torch.equal(got, want)
+    grad = torch.linspace(-1, 1, got.numel(), dtype=got.dtype).reshape(got.shape)
+    got.backward(grad)
+    params = {name: value for name, value in sample.params.items() if name != "return_argmax"}
+    for name, value in getattr(dcn_kernels, f"{op.name}_backward")(grad, **plain, **params).items():
+        assert torch.equal(arrays[name].grad, value)
+    assert all(arrays[name].grad is None for name in arrays if name not in op.differentiable)
+
+
+@pytest.mark.parametrize(("op", "sample"), FIRST)
+def test_gradcheck(op: Op, sample: Sample) -> None:
+    arrays = tensors(op, sample)
+
+    def call(*values: Any) -> Any:
+        return function(op)(**dict(zip(arrays, values, strict=True)), **sample.params)
+
+    assert torch.autograd.gradcheck(call, tuple(arrays.values()), fast_mode=True)
+
+
+@pytest.mark.parametrize(("op", "sample"), FIRST)
+def test_opcheck(op: Op, sample: Sample) -> None:
+    operator = getattr(torch.ops.dcn_kernels, op.name).default
+    torch.library.opcheck(operator, values_of(op, tensors(op, sample), sample.params))
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize(("op", "sample"), FIRST)
+def test_compile_in_one_graph(op: Op, sample: Sample, dynamic: bool) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(function(op), fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    results = []
+    for each in (function(op), compiled):
+        arrays = tensors(op, sample)
+        got = each(**arrays, **sample.params)
+        got.sum().backward()
+        results.append([got, *(arrays[name].grad for name in op.differentiable if name in arrays)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_only_the_gradients_that_are_needed_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    call = torch_ops.call
+
+    def spy(op: Op, direction: str, *args: Any, **kwargs: Any) -> Any:
+        if direction == "backward":
+            asked.append(kwargs["wrt"])
+        return call(op, direction, *args, **kwargs)
+
+    monkeypatch.setattr(torch_ops, "call", spy)
+    op, sample = FIRST[0].values
+    for name in op.differentiable:
+        arrays = tensors(op, sample, grad=False)
+        arrays[name].requires_grad_()
+        function(op)(**arrays, **sample.params).sum().backward()
+        assert asked.pop() == [name] and not asked
+
+
+@pytest.mark.parametrize(("op", "sample"), FIRST)
+def test_autocast_takes_input_and_weights_in_half_and_leaves_coordinates(op: Op, sample: Sample) -> None:
+    arrays = tensors(op, sample, torch.float32, grad=False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = function(op)(**arrays, **sample.params)
+    cast = {name: a if name in op.coordinates else a.bfloat16() for name, a in arrays.items()}
+    assert got.dtype == torch.bfloat16
+    assert torch.equal(got, function(op)(**cast, **sample.params))
+    double = tensors(op, sample, grad=False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert function(op)(**double, **sample.params).dtype == torch.float64
+
+
+@pytest.mark.parametrize(("op", "sample"), FIRST)
+def test_vmap_gives_what_a_loop_gives_over_any_argument(op: Op, sample: Sample) -> None:
+    arrays = tensors(op, sample, grad=False)
+    for name in op.differentiable:
+        stacked = torch.stack([arrays[name], arrays[name] / 2], dim=-1)
+
+        def one(array: Any, name: str = name) -> Any:
+            return function(op)(**{**arrays, name: array}, **sample.params)
+
+        want = torch.stack([one(part.contiguous()) for part in stacked.unbind(-1)])
+        assert torch.equal(torch.vmap(one, in_dims=-1)(stacked), want)
+
+
+def test_torch_func_grad_is_an_error_of_torch_and_no_wrong_number() -> None:
+    offset = torch.zeros(1, 2, 2, 2)
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.grad(lambda image: layers.offset_sample2d(image, offset).sum())(torch.rand(1, 1, 2, 2))
+
+
+def test_checkpoint_gives_the_same_gradients() -> None:
+    op, sample = FIRST[0].values
+    grads = []
+    for again in (False, True):
+        arrays = tensors(op, sample)
+        call = lambda *values: function(op)(**dict(zip(arrays, values, strict=True)), **sample.params)  # noqa: B023, E731
+        values = tuple(arrays.values())
+        got = torch.utils.checkpoint.checkpoint(call, *values, use_reentrant=False) if again else call(*values)
+        got.sum().backward()
+        grads.append([array.grad for array in values])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_use_deterministic_algorithms_reaches_forward_and_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    call = torch_ops.call
+
+    def spy(op: Op, direction: str, arrays: Any, params: Any, **kwargs: Any) -> Any:
+        seen.append((direction, params["deterministic"]))
+        return call(op, direction, arrays, params, **kwargs)
+
+    monkeypatch.setattr(torch_ops, "call", spy)
+    op, sample = FIRST[0].values
+    before = torch.are_deterministic_algorithms_enabled()
+    try:
+        for flag in (False, True):
+            torch.use_deterministic_algorithms(flag)
+            function(op)(**tensors(op, sample), **sample.params).sum().backward()
+            assert seen == [("forward", flag), ("backward", flag)]
+            seen.clear()
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def test_a_second_derivative_is_an_error() -> None:
+    image, offset = torch.rand(1, 1, 2, 2, requires_grad=True), torch.zeros(1, 2, 2, 2)
+    (grad,) = torch.autograd.grad((layers.offset_sample2d(image, offset) ** 2).sum(), image, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        grad.sum().backward()
+
+
+def test_wrong_arguments_are_errors_that_name_them() -> None:
+    image, offset = torch.rand(1, 1, 2, 2), torch.zeros(1, 2, 2, 2)
+    sample2d = layers.offset_sample2d
+    for call, error, what in (
+        (lambda: sample2d(image, np.zeros((1, 2, 2, 2))), TypeError, "offset: expected a torch.Tensor, got ndarray"),
+        (lambda: sample2d(image), TypeError, "offset: expected an argument"),
+        (lambda: sample2d(image, offset, "edge"), TypeError, "expected at most 2 positional"),
+        (lambda: sample2d(image, offset, out=image), TypeError, "out: expected one of .*unknown"),
+        (lambda: sample2d(image, offset, input=image), TypeError, "input: expected one of .*twice"),
+        (lambda: sample2d(image, offset, border="far"), ValueError, "border: expected one of"),
+        (lambda: sample2d(image, offset.double()), TypeError, "offset: expected dtype float32"),
+        (lambda: sample2d(image, offset[:, :1]), ValueError, "offset: expected shape"),
+        (lambda: sample2d(image, offset.to("meta")), TypeError, "offset: expected a tensor on cpu as input is"),
+    ):
+        with pytest.raises(error, match=f"offset_sample2d: {what}"):
+            call()
+
+
+def test_fake_tensors_have_the_shape_of_the_result() -> None:
+    with torch.device("meta"):
+        layer = layers.ModulatedDeformConv2dPack(4, 6, 3, stride=2, padding=1, offset_groups=2)
+        assert layer(torch.rand(2, 4, 9, 8)).shape == (2, 6, 5, 4)
+
+
+# ---------------------------------------------------------------- layers
+
+FIXTURE = Path(__file__).parent / "recorded" / "torchvision_layer.npz"
+OPTIONS = {"stride": (1, 2), "padding": (1, 0), "dilation": (1, 2), "groups": 2}
+
+
+def test_deform_conv2d_layer_gives_what_torchvision_recorded_from_its_state_dict() -> None:
+    with np.load(FIXTURE) as file:
+        recorded = {name: torch.from_numpy(file[name]) for name in file.files if name != "versions"}
+    layer = layers.DeformConv2d(4, 6, (3, 2), **OPTIONS)
+    state = {name.removeprefix("state."): v for name, v in recorded.items() if name.startswith("state.")}
+    layer.load_state_dict(state, strict=True)
+    got = layer(recorded["input"], recorded["offset"], recorded["mask"])
+    torch.testing.assert_close(got, recorded["output"], rtol=1e-5, atol=1e-5)
+
+
+def fake_torchvision(name: str, base: type) -> type:
+    """A class that passes for torchvision's: same name, module, attributes."""
+    return type(name, (base,), {"__module__": "torchvision.ops.fake"})
+
+
+def test_replace_layers_keeps_parameters_hooks_and_names() -> None:
+    class Theirs(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            mine = layers.DeformConv2d(4, 6, 3, padding=1)
+            self.__dict__.update({name: value for name, value in mine.__dict__.items() if name != "border"})
+
+    theirs = fake_torchvision("DeformConv2d", Theirs)()
+    pool = fake_torchvision("PSRoIPool", torch.nn.Module)()
+    pool.output_size, pool.spatial_scale = 2, 0.5
+    model = torch.nn.ModuleDict({"a": theirs, "b": torch.nn.ModuleList([theirs, torch.nn.ReLU()]), "pool": pool})
+    called = []
+    theirs.register_forward_hook(lambda *args: called.append(1))
+    weight, state = theirs.weight, copy.deepcopy(model.state_dict())
+    assert layers.replace_layers(model) is model
+    assert type(model["a"]) is layers.DeformConv2d and model["a"] is model["b"][0]
+    assert model["a"].weight is weight
+    assert {k: v.tolist() for k, v in model.state_dict().items()} == {k: v.tolist() for k, v in state.items()}
+    image, offset = torch.rand(1, 4, 5, 5), torch.rand(1, 18, 5, 5)
+    got = model["a"](image, offset)
+    assert called and torch.equal(got, layers.deform_conv2d(image, offset, weight, theirs.bias, padding=1))
+    boxes = [torch.tensor([[0.0, 0, 8, 8]])]
+    rois = torch.tensor([[0.0, 0, 0, 8, 8]])
+    want = layers.ps_roi_pool(image, rois, 2, 0.5, convention="torchvision")
+    assert torch.equal(model["pool"](image, boxes), want)
+    assert type(layers.replace_layers(theirs)) is layers.DeformConv2d
+
+
+def torchvision_imports() -> bool:
+    if not find_spec("torchvision"):
+        return False
+    try:  # it does not, beside a torch of another build
+        import torchvision.ops  # noqa: F401
+    except (ImportError, RuntimeError):
+        return False
+    return True
+
+
+@pytest.mark.skipif(not torchvision_imports(), reason="torchvision cannot be imported")
+def test_replaced_layers_give_what_torchvisions_give() -> None:
+    from torchvision import ops
+
+    rois = torch.tensor([[0, 1, 2, 9, 11], [1, 0, 0, 15, 6]], dtype=torch.float32)
+    inputs = {"RoIPool": 3, "RoIAlign": 3, "PSRoIPool": 12, "PSRoIAlign": 12}
+    for name, channels in inputs.items():
+        args = (2, 0.5, 2) if "Align" in name else (2, 0.5)
+        theirs, image = getattr(ops, name)(*args), torch.rand(2, channels, 8, 8)
+        want = theirs(image, rois)
+        torch.testing.assert_close(layers.replace_layers(theirs)(image, rois), want)
+    theirs = ops.DeformConv2d(4, 6, (3, 2), **OPTIONS)
+    args = torch.rand(2, 4, 7, 8), torch.randn(2, 24, 7, 3), torch.rand(2, 12, 7, 3)
+    want = theirs(*args)
+    torch.testing.assert_close(layers.replace_layers(theirs)(*args), want, rtol=1e-5, atol=1e-5)
+
+
+def test_packs_start_as_the_plain_layers() -> None:
+    image = torch.rand(2, 4, 7, 8)
+    options = {"stride": 2, "padding": 2, "dilation": 2}
+    for kind, factor in ((layers.DeformConv2dPack, 1.0), (layers.ModulatedDeformConv2dPack, 0.5)):
+        layer = kind(4, 6, 3, **options, groups=2, offset_groups=2, bias=False)
+        want = factor * torch.nn.functional.conv2d(image, layer.weight, None, **options, groups=2)
+        torch.testing.assert_close(layer(image), want)
+    rois = torch.tensor([[0, 1, 2, 6, 5], [1, 0, 0, 7, 6]], dtype=torch.float32)
+    got = layers.DeformRoIPoolPack((2, 3), 4)(image, rois)
+    torch.testing.assert_close(got, dcn_kernels.roi_pool(image, rois, (2, 3), mode="avg"))
+    got = layers.DeformPSRoIPoolPack(2, 4)(image, image, rois)
+    assert torch.equal(got, dcn_kernels.deform_ps_roi_pool(image, rois, output_size=2))
+
+
+def packs(beta: float) -> list[tuple[Any, tuple[Any, ...]]]:
+    torch.manual_seed(0)
+    image, rois = torch.rand(1, 4, 7, 8), torch.tensor([[0, 1, 2, 6, 5]], dtype=torch.float32)
+    return [
+        (layers.DeformConv2dPack(4, 6, 3, padding=1, beta=beta), (image,)),
+        (layers.ModulatedDeformConv2dPack(4, 6, 3, padding=1, beta=beta), (image,)),
+        (layers.DeformRoIPoolPack(2, 4, beta=beta), (image, rois)),
+        (layers.DeformPSRoIPoolPack(2, 4, beta=beta), (image, image, rois)),
+    ]
+
+
+def test_beta_multiplies_the_step_of_the_offsets_also_in_a_copied_model_and_of_nothing_else() -> None:
+    for (fast, args), (slow, _) in zip(packs(1.0), packs(0.25), strict=True):
+        slow = copy.deepcopy(slow)
+        steps = []
+        for layer in (fast, slow):
+            for parameter in layer.parameters():  # off the kinks of a zero offset
+                torch.nn.init.uniform_(parameter, 0.05, 0.06, generator=torch.Generator().manual_seed(1))
+            before = [parameter.detach().clone() for parameter in layer.parameters()]
+            optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+            (layer(*args) ** 2).sum().backward()
+            optimizer.step()
+            steps.append([after.detach() - b for after, b in zip(layer.parameters(), before, strict=True)])
+        for (name, _), quick, slower in zip(fast.named_parameters(), *steps, strict=True):
+            assert quick.abs().max() > 0, f"{type(fast).__name__}: {name} gets no gradient"
+            torch.testing.assert_close(slower, quick * (0.25 if "offset" in name else 1), rtol=1e-3, atol=1e-6)
+
+
+def test_conv_offset2d_starts_near_the_identity_and_learns() -> None:
+    torch.manual_seed(0)
+    layer, image = layers.ConvOffset2D(8), torch.rand(2, 8, 6, 6)
+    assert 0.005 < layer.weight.std() < 0.02
+    got = layer(image)
+    want = dcn_kernels.offset_sample2d(image, torch.nn.functional.conv2d(image, layer.weight, padding=1).detach())
+    assert torch.equal(got, want)
+    got.sum().backward()
+    assert layer.weight.grad.abs().max() > 0
+
+
+def test_layers_compile_in_one_graph_and_are_copied_and_saved(tmp_path: Path) -> None:
+    for layer, args in packs(0.5):
+        torch._dynamo.reset()
+        want = layer(*args)
+        torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(*args), want)
+        torch.save(layer, tmp_path / "layer.pt")
+        assert torch.equal(torch.load(tmp_path / "layer.pt", weights_only=False)(*args), want)
+        assert type(layer).__name__ in repr(layer)
+
+
+# ---------------------------------------------------------------- two processes
+
+TRAIN = """
+import os, sys, torch, torch.distributed as dist
+from dcn_kernels.torch import DeformConv2dPack, ModulatedDeformConv2dPack
+rank, world, file, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+torch.manual_seed(0)
+torch.set_num_threads(1)
+model = torch.nn.Sequential(DeformConv2dPack(2, 4, 3, padding=1), torch.nn.Tanh(),
+                            ModulatedDeformConv2dPack(4, 3, 3, padding=1, beta=0.5)).double()
+for parameter in model.parameters():
+    torch.nn.init.normal_(parameter, 0, 0.1)
+images, targets = torch.rand(4, 4, 2, 6, 6).double(), torch.rand(4, 4, 3, 6, 6).double()
+trained = model
+if world > 1:
+    dist.init_process_group("gloo", init_method="file://" + file, rank=rank, world_size=world)
+    trained = torch.nn.parallel.DistributedDataParallel(model)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+part = slice(rank * 4 // world, (rank + 1) * 4 // world)
+for image, target in zip(images, targets):
+    optimizer.zero_grad()
+    torch.nn.functional.mse_loss(trained(image[part]), target[part]).backward()
+    optimizer.step()
+if rank == 0:
+    torch.save(model.state_dict(), out)
+if world > 1:
+    dist.destroy_process_group()
+"""
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no distributed part")
+def test_two_processes_train_to_the_weights_of_one(tmp_path: Path) -> None:
+    states = []
+    for world in (1, 2):
+        out, file = tmp_path / f"{world}.pt", tmp_path / f"meet{world}"
+        environment = {**os.environ, "DCN_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        running = [
+            subprocess.Popen([sys.executable, "-c", TRAIN, str(rank), str(world), str(file), str(out)], env=environment)
+            for rank in range(world)
+        ]
+        try:
+            assert [process.wait(timeout=120) for process in running] == [0] * world
+        finally:
+            for process in running:
+                process.kill()
+        states.append(torch.load(out))
+    for name, one in states[0].items():
+        torch.testing.assert_close(states[1][name], one, rtol=1e-12, atol=1e-12, msg=name)
