@@ -78,7 +78,7 @@ def first_cases() -> list[Any]:
 RUNNING = [name for name in BACKENDS if name != "cuda" or not why_not(name)]
 
 
-@pytest.fixture(params=RUNNING)
+@pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.cuda] if name == "cuda" else []) for name in RUNNING])
 def backend(request: pytest.FixtureRequest) -> Backend:
     """Each backend that runs here, in turn."""
     op = request.node.callspec.params.get("op")

@@ -1,0 +1,158 @@
+"""What only a GPU can show: streams, devices, memory, accuracy of the matrix units. The table tests run there too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dcn_kernels import arrays as _arrays
+from dcn_kernels import deform_conv2d, deform_conv2d_backward, offset_sample2d_backward
+from dcn_kernels.deform_conv import DEFORM_CONV2D
+from dcn_kernels.environment import why_not
+from dcn_kernels.gradcheck import relative_error, tolerance
+from dcn_kernels.offset_sample import OFFSET_SAMPLE2D
+
+if why_not("cuda"):
+    pytest.skip(f"cuda: {why_not('cuda')}", allow_module_level=True)
+
+import cupy
+
+pytestmark = pytest.mark.cuda
+
+
+def layer(dtype: Any = np.float32, N: int = 4, C: int = 64, H: int = 38, W: int = 63) -> dict[str, Any]:
+    """A 3 x 3 layer on the GPU."""
+    rng = np.random.default_rng(0)
+    arrays = {
+        "input": rng.standard_normal((N, C, H, W)),
+        "offset": rng.standard_normal((N, 2 * 9, H, W)) * 2,
+        "weight": rng.standard_normal((C, C, 3, 3)),
+        "mask": rng.random((N, 9, H, W)),
+        "bias": rng.standard_normal(C),
+    }
+    return {name: cupy.asarray(array.astype(dtype)) for name, array in arrays.items()}
+
+
+@pytest.mark.parametrize("op", [DEFORM_CONV2D, OFFSET_SAMPLE2D], ids=lambda op: op.name)
+def test_deterministic_gradients_are_the_same_bits_every_time(op: Any) -> None:
+    arrays = layer()
+    grad_output = cupy.asarray(np.random.default_rng(1).standard_normal(arrays["input"].shape).astype(np.float32))
+    runs = []
+    for _ in range(5):
+        if op is DEFORM_CONV2D:
+            grads = deform_conv2d_backward(grad_output, **arrays, padding=1, deterministic=True)
+        else:
+            offset = arrays["offset"][:, :2].copy()
+            grads = offset_sample2d_backward(grad_output, arrays["input"], offset, deterministic=True)
+        runs.append({name: grad.get() for name, grad in grads.items()})
+    for run in runs[1:]:
+        for name, grad in run.items():
+            assert np.array_equal(grad, runs[0][name]), name
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_temporary_memory_stays_within_the_workspace(dtype: Any, deterministic: bool) -> None:
+    """By the pool, which rounds each of some ten blocks up to 512 bytes."""
+    workspace = 8 << 20
+
+    def temporary_bytes(backward: bool, N: int) -> int:
+        arrays = layer(dtype, N=N)
+        grad_output = cupy.ones_like(arrays["input"])
+
+        def run() -> dict[str, Any]:
+            if not backward:
+                return {"output": deform_conv2d(**arrays, padding=1, workspace_bytes=workspace)}
+            options = {"workspace_bytes": workspace, "deterministic": deterministic}
+            return deform_conv2d_backward(grad_output, **arrays, padding=1, **options)
+
+        run()  # cuBLAS takes memory of its own when it is first used
+        pool = cupy.cuda.MemoryPool()
+        with cupy.cuda.using_allocator(pool.malloc):
+            results = run()
+            return pool.total_bytes() - sum(array.nbytes for array in results.values())
+
+    for backward in (False, True):
+        for N in (4, 16):
+            assert temporary_bytes(backward, N) <= workspace + (64 << 10)
+
+
+def test_runs_on_the_callers_stream_without_a_synchronisation() -> None:
+    """The call can be captured in a graph, which no synchronisation survives, and replayed on new numbers."""
+    arrays, stream = layer(), cupy.cuda.Stream(non_blocking=True)
+    out = cupy.empty_like(arrays["input"])
+    with stream:
+        deform_conv2d(**arrays, padding=1, out=out)  # compiles, and fills the pool
+        stream.synchronize()
+        stream.begin_capture()
+        deform_conv2d(**arrays, padding=1, out=out)
+        graph = stream.end_capture()
+        arrays["input"][...] = cupy.flip(arrays["input"], 3)
+        out.fill(0)
+        graph.launch(stream)
+        stream.synchronize()
+    assert np.array_equal(out.get(), deform_conv2d(**arrays, padding=1).get())
+
+
+def test_float32_is_as_exact_as_a_plain_product() -> None:
+    """Over 4608 terms: at most 4 times the error of plain float32; TF32 is far beyond."""
+    arrays = layer(N=1, C=512, H=20, W=20)
+    arrays["offset"][...] = 0  # samples are then exact, and the product's error is all there is
+    arrays["mask"][...] = 1
+    exact = {name: array.astype(np.float64) for name, array in arrays.items()}
+    want = deform_conv2d(**exact, padding=1).get()
+    errors = {
+        precision: np.abs(deform_conv2d(**arrays, padding=1, precision=precision).get() - want).max()
+        for precision in ("float32", "ieee", "tf32")
+    }
+    assert errors["float32"] <= 4 * errors["ieee"], errors
+
+
+def test_more_than_2_31_elements() -> None:
+    side = 47_000
+    if cupy.cuda.runtime.memGetInfo()[0] < 14e9:
+        pytest.skip("cuda: less than 14 GB free")
+    image = cupy.zeros((1, 1, side, side), np.float16)
+    image[0, 0, -1, -1], image[0, 0, -2, -1] = 16, 32
+    offset = cupy.full((1, 2, 2, 2), -0.25, np.float16)
+    y = deform_conv2d(image, offset, cupy.ones((1, 1, 1, 1), np.float16), stride=side - 1)
+    assert y.get()[0, 0, 1, 1] == 16 * 0.75**2 + 32 * 0.25 * 0.75
+
+
+def test_arrays_of_two_devices_are_an_error_and_another_device_works() -> None:
+    if cupy.cuda.runtime.getDeviceCount() < 2:
+        pytest.skip("cuda: one GPU alone")
+    arrays = layer()
+    want = deform_conv2d(**arrays, padding=1).get()
+    with cupy.cuda.Device(1):
+        other = {name: cupy.asarray(array.get()) for name, array in arrays.items()}
+    out = deform_conv2d(**other, padding=1)
+    assert out.device.id == 1 and np.array_equal(out.get(), want)
+    with pytest.raises(TypeError, match=r"cuda:0.*cuda:1|cuda:1.*cuda:0"):
+        deform_conv2d(**{**arrays, "weight": other["weight"]}, padding=1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_torch_arrays_on_the_gpu(dtype: str) -> None:
+    torch = pytest.importorskip("torch")
+    kind = getattr(torch, dtype)
+    tensors = {name: torch.as_tensor(array.get()).cuda().to(kind) for name, array in layer(N=1).items()}
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        y = deform_conv2d(**tensors, padding=1)
+        grads = deform_conv2d_backward(torch.ones_like(y), **tensors, padding=1)
+    stream.synchronize()
+    assert y.is_cuda and y.dtype == kind
+    assert all(grads[name].shape == tensors[name].shape and grads[name].is_cuda for name in grads)
+    exact = {name: tensor.double().cpu().numpy() for name, tensor in tensors.items()}
+    want = deform_conv2d(**exact, padding=1, backend="reference")
+    assert relative_error(y.double().cpu().numpy(), want)[0] <= np.sqrt(2) * tolerance(dtype, 576)
+
+
+def test_backend_is_chosen_by_the_arrays() -> None:
+    assert _arrays.framework_of(layer()["input"]) == "cupy"
+    with pytest.raises(ValueError, match="'cpu' cannot work on arrays on cuda:0"):
+        deform_conv2d(**layer(), padding=1, backend="cpu")
