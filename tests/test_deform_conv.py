@@ -14,6 +14,7 @@ from scipy.signal import correlate2d
 
 from dcn_kernels import convert_offsets
 from dcn_kernels.deform_conv import DEFORM_CONV2D
+from dcn_kernels.gradcheck import tolerance
 
 ORACLE = Path(__file__).parent / "oracle"
 ORACLE_CASES = [
@@ -178,6 +179,9 @@ OPTIONS = (
     {"C": 12, "groups": 3, "offset_groups": 4, "stride": (2, 1)},
     {"C": 4, "groups": 4, "O": 8, "kernel": (1, 1)},
     {"C": 37, "O": 19, "kernel": (3, 3)},  # no multiple of any vector length
+    # more outputs than any tile of a kernel holds, in rows that no tile ends with
+    {"N": 3, "C": 3, "O": 5, "H": 41, "W": 123, "stride": (1, 2), "kernel": (2, 2)},
+    {"N": 2, "C": 4, "O": 4, "H": 83, "W": 62, "stride": (2, 1), "groups": 2, "offset_groups": 2, "kernel": (2, 3)},
 )
 
 
@@ -243,6 +247,27 @@ def test_mask_of_zeros_is_the_bias(backend: Backend, options: dict[str, Any]) ->
     for name in ("input", "offset", "weight"):
         assert not grads[name].any(), name
     assert grads["mask"].any()
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_zero_offset_gradients_are_those_of_convolution(backend: Backend, options: dict[str, Any]) -> None:
+    """Linear in input and in weight: <g, conv(v, weight)> = <grad_input, v>, and so for the weight."""
+    arrays, params = drawn(**options)
+    rng = np.random.default_rng(4)
+    grad, v, u = (
+        rng.standard_normal(shape)
+        for shape in (
+            (len(arrays["input"]), len(arrays["weight"]), *arrays["offset"].shape[2:]),
+            arrays["input"].shape,
+            arrays["weight"].shape,
+        )
+    )
+    grads = backend.backward(DEFORM_CONV2D, {"grad_output": grad, **arrays}, params, wrt=["input", "weight"])
+    along_input = grad * convolution(v, arrays["weight"], **params)
+    along_weight = grad * convolution(arrays["input"], u, **params)
+    for got, want in ((grads["input"] * v, along_input), (grads["weight"] * u, along_weight)):
+        size = np.abs(want).sum()
+        assert abs(got.sum() - want.sum()) <= tolerance("float64", want.size) * size
 
 
 @pytest.mark.parametrize("options", OPTIONS[3:7], ids=str)
