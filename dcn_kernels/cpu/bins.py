@@ -47,6 +47,7 @@ def poke(typingctx, address, value):  # type: ignore[no-untyped-def]
 
     return types.void(types.intp, value), codegen
 
+
 MAX, AVG, POOLED_RFCN, POOLED_TORCHVISION, PAPER, ALIGN, ALIGN_LEGACY, RFCN = range(8)
 
 _FAR = 2.0**100  # as in the reference

@@ -110,7 +110,9 @@ def load_lanes(array, base, channels, row_length, length, to, at, line, line_at)
     plain = plain and array.s1 % itemsize == 0
     for j in range(0, channels, LANES):
         if plain and j + LANES <= channels:
-            turn_in(zero, itemsize, base + j * array.s1, array.s1, length, to.ctypes.data + (at + j * length) * itemsize)
+            turn_in(
+                zero, itemsize, base + j * array.s1, array.s1, length, to.ctypes.data + (at + j * length) * itemsize
+            )
             continue
         for start in range(0, length, 64):
             few = min(64, length - start)
@@ -231,14 +233,14 @@ def extent(s, rois, r, scale):  # type: ignore[no-untyped-def]
 
 
 @inner
-def bin_lines(s, box, factor, offset, r, cls, ph, pw, cap, index, weight, slope, found, number):  # type: ignore[no-untyped-def]
+def bin_lines(s, box, factor, offset, r, cls, ph, pw, itemsize, cap, index, weight, slope, found, number):  # type: ignore[no-untyped-def]
     """The lines of bin (ph, pw): its columns in list pw, its rows in list PW; all arrays are addresses.
 
     Returns (1 / number, is it NaN, d x / d offset, d y / d offset). Bins must come in row-major order: without
     offsets a RoI's columns are found at its first row of bins, and a row's rows at its first bin.
     """
     start_y, h, start_x, w = box
-    real, itemsize = type(factor), size_of(factor)
+    real = type(factor)
     shift_y = shift_x = reach_y = reach_x = real(0)
     if s.shifted:
         cells = s.part_h * s.part_w
@@ -265,12 +267,6 @@ def bin_lines(s, box, factor, offset, r, cls, ph, pw, cap, index, weight, slope,
         poke(number + s.PW * 8, several)
     points = peek(1.0, number + pw * 8) * peek(1.0, number + s.PW * 8)
     return real(1 / max(points, 1.0)), False, reach_x, reach_y
-
-
-@inner
-def size_of(real):  # type: ignore[no-untyped-def]
-    """The bytes of a float."""
-    return np.int64(np.array(real).itemsize)
 
 
 # ---------------------------------------------------------------- forward
@@ -311,8 +307,9 @@ def forward_worker(  # type: ignore[no-untyped-def]
                 for ph in range(s.PH):
                     for pw in range(s.PW):
                         share, is_nan, _, _ = bin_lines(
-                            s, box, factor, offsets, r, cls, ph, pw, cap, indices, weights, slopes, founds, numbers
-                        )
+                            s, box, factor, offsets, r, cls, ph, pw, itemsize,
+                            cap, indices, weights, slopes, founds, numbers,
+                        )  # fmt: skip
                         if s.masked:
                             share *= mask[r, ph, pw]
                         ny, nx = peek(cls, founds + s.PW * 8), peek(cls, founds + pw * 8)
@@ -369,7 +366,11 @@ def backward_worker(  # type: ignore[no-untyped-def]
     cap, list0 = index.shape[0] // found.shape[0], thread * (s.PW + 1)
     indices, weights = index.ctypes.data + list0 * cap * 8, weight.ctypes.data + list0 * cap * itemsize
     slopes, founds = slope.ctypes.data + list0 * cap * itemsize, found.ctypes.data + list0 * 8
-    numbers, offsets, dot = number.ctypes.data + list0 * 8, offset.ctypes.data, dots.ctypes.data + thread * 16 * itemsize
+    numbers, offsets, dot = (
+        number.ctypes.data + list0 * 8,
+        offset.ctypes.data,
+        dots.ctypes.data + thread * 16 * itemsize,
+    )
     y, wy, sy = indices + s.PW * cap * 8, weights + s.PW * cap * itemsize, slopes + s.PW * cap * itemsize
     source_at, target_at = source.shape[0] // threads * thread, target.shape[0] // threads * thread
     size = target.shape[0] // threads
@@ -397,8 +398,9 @@ def backward_worker(  # type: ignore[no-untyped-def]
                 for ph in range(s.PH):
                     for pw in range(s.PW):
                         share, is_nan, reach_x, reach_y = bin_lines(
-                            s, box, factor, offsets, r, cls, ph, pw, cap, indices, weights, slopes, founds, numbers
-                        )
+                            s, box, factor, offsets, r, cls, ph, pw, itemsize,
+                            cap, indices, weights, slopes, founds, numbers,
+                        )  # fmt: skip
                         m = mask[r, ph, pw] if s.masked else one
                         ny, nx = peek(cls, founds + s.PW * 8), peek(cls, founds + pw * 8)
                         x, at = indices + pw * cap * 8, pw * cap * itemsize
@@ -430,9 +432,7 @@ def backward_worker(  # type: ignore[no-untyped-def]
                                         x, weights + at, slopes + at, nx,
                                     )  # fmt: skip
                                 if wanted.input:
-                                    grid_spread(
-                                        run, grad0 + slab, s.W, y, wy, ny, x, weights + at, nx, share * m
-                                    )
+                                    grid_spread(run, grad0 + slab, s.W, y, wy, ny, x, weights + at, nx, share * m)
                         if wanted.coordinates:
                             if s.masked:
                                 part_mask[part, r, ph, pw] += peek(zero, dot) * share
@@ -564,8 +564,8 @@ def plan(
     units, threads = cut(channels, classes, block, RANGES if coordinates else None), get_num_threads()
     chunks = 1 if backward else max(1, min(-(-4 * threads // (N * len(units))), len(rois) // 256))
     shape = Shape(
-        C, H, W, *output_size, classes, *groups, rule, ratio, *part_size, int(offset is not None), int(mask is not None),
-        lanes, block, int(direct), chunks,
+        C, H, W, *output_size, classes, *groups, rule, ratio, *part_size,
+        int(offset is not None), int(mask is not None), lanes, block, int(direct), chunks,
     )  # fmt: skip
     nothing = np.empty((1, 1, 1, 1), real)
     return Plan(

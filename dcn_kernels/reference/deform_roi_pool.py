@@ -67,10 +67,17 @@ def paper(
                 at_x, at_y = (r, 0, ph, pw), (r, 1, ph, pw)
                 y = moved_pixels(top, bottom, shifts(offset, at_y, real(gamma), h), height)
                 x = moved_pixels(left, right, shifts(offset, at_x, real(gamma), w), width)
-                at = corners(y[:, None], x, height, width, "zeros")
+                at = corners(*grid_of(y, x), height, width, "zeros")
                 n = float(bottom - top) * float(right - left)
                 reach = float(real(gamma) * w), float(real(gamma) * h)
                 yield Bin((r, slice(None), ph, pw), int(roi[0]), slice(None), at, n, at_x, at_y, *reach)
+
+
+def grid_of(y: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The points at rows y and columns x; one NaN point if either shift is NaN, even where the other axis has none."""
+    if np.isnan(y).any() or np.isnan(x).any():
+        return np.full((1, 1), np.nan, y.dtype), np.full((1, 1), np.nan, x.dtype)
+    return y[:, None], x[None]
 
 
 def moved_pixels(first: int, last: int, shift: np.floating, length: int) -> np.ndarray:
@@ -102,7 +109,7 @@ def mmcv(
                 at_x, at_y = (r, 0, ph, pw), (r, 1, ph, pw)
                 y = points(base_y + shifts(offset, at_y, real(gamma), rows.size), rows, height)
                 x = points(base_x + shifts(offset, at_x, real(gamma), columns.size), columns, width)
-                at = corners(y[:, None], x, height, width, "align")
+                at = corners(*grid_of(y, x), height, width, "align")
                 n = max(rows.number * columns.number, 1)
                 reach = float(real(gamma) * columns.size), float(real(gamma) * rows.size)
                 yield Bin((r, slice(None), ph, pw), int(roi[0]), slice(None), at, n, at_x, at_y, *reach)
