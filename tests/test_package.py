@@ -18,6 +18,7 @@ import pytest
 from conftest import ROOT
 
 import dcn_kernels
+from dcn_kernels.environment import why_not
 
 SOURCES = ("dcn_kernels", "cli", "pyproject.toml", "README.md", "LICENSE")
 HEAVY = ("numba", "cupy", "torch", "jax", "click", "rich", "scipy", "matplotlib")
@@ -161,6 +162,11 @@ def blocks(language: str) -> list[str]:
 
 @pytest.mark.parametrize("code", blocks("python"))
 def test_readme_example_runs(code: str, tmp_path: Path) -> None:
+    for package in ("torch", "jax"):
+        if f"import {package}" in code:
+            pytest.importorskip(package, reason=f"{package} is not installed")
+    if "import cupy" in code and why_not("cuda"):
+        pytest.skip(f"cuda: {why_not('cuda')}")
     run([sys.executable, "-c", code], tmp_path)
 
 

@@ -199,7 +199,7 @@ def test_wrong_arguments_are_errors_that_name_them() -> None:
     sample2d = layers.offset_sample2d
     for call, error, what in (
         (lambda: sample2d(image, np.zeros((1, 2, 2, 2))), TypeError, "offset: expected a torch.Tensor, got ndarray"),
-        (lambda: sample2d(image), TypeError, "offset: expected an argument"),
+        (lambda: sample2d(image), TypeError, "offset: expected a torch.Tensor, got none"),
         (lambda: sample2d(image, offset, "edge"), TypeError, "expected at most 2 positional"),
         (lambda: sample2d(image, offset, out=image), TypeError, "out: expected one of .*unknown"),
         (lambda: sample2d(image, offset, input=image), TypeError, "input: expected one of .*twice"),
@@ -207,8 +207,9 @@ def test_wrong_arguments_are_errors_that_name_them() -> None:
         (lambda: sample2d(image, offset.double()), TypeError, "offset: expected dtype float32"),
         (lambda: sample2d(image, offset[:, :1]), ValueError, "offset: expected shape"),
         (lambda: sample2d(image, offset.to("meta")), TypeError, "offset: expected a tensor on cpu as input is"),
+        (lambda: layers.roi_pool(image, torch.zeros(0, 5)), TypeError, "output_size: expected"),
     ):
-        with pytest.raises(error, match=f"offset_sample2d: {what}"):
+        with pytest.raises(error, match=f"(offset_sample2d|roi_pool): {what}"):
             call()
 
 

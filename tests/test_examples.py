@@ -1,0 +1,42 @@
+"""Each file of examples/ runs to its end; its own checks are in it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from dcn_kernels.environment import why_not
+
+# What each needs beside the package, and how it is called.
+NEEDS = {
+    "numpy_only.py": [],
+    "torch_training.py": ["torch"],
+    "jax_training.py": ["jax"],
+    "cupy_arrays.py": ["cupy"],
+    "digits.py": ["torch", "sklearn", "matplotlib"],
+}
+OPTIONS = {"digits.py": ["--quick", "--picture", "digits.png"]}
+
+
+@pytest.mark.parametrize("name", NEEDS)
+def test_example_runs(name: str, tmp_path: Path) -> None:
+    for package in NEEDS[name]:
+        if package == "cupy" and why_not("cuda"):
+            pytest.skip(f"cuda: {why_not('cuda')}")
+        if not find_spec(package):
+            pytest.skip(f"{package} is not installed")
+    command = [sys.executable, str(ROOT / "examples" / name), *OPTIONS.get(name, [])]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+    if name == "digits.py":
+        assert (tmp_path / "digits.png").stat().st_size > 10_000
+        for kind in ("plain", "deformable"):
+            share = float(re.search(rf"^{kind} +([\d.]+) %", done.stdout, re.MULTILINE)[1])  # type: ignore[index]
+            assert share > 20, "no better than guessing"
