@@ -421,9 +421,9 @@ def run_in_a_process(library: Library, code: str, *arguments: str, sanitizer: st
         environment["UBSAN_OPTIONS"] = "print_stacktrace=1"
         environment["TSAN_OPTIONS"] = "report_signal_unsafe=0:exitcode=66:ignore_noninstrumented_modules=1"
         environment["OPENBLAS_NUM_THREADS"] = environment["OMP_NUM_THREADS"] = "1"
-    return subprocess.run(
-        [sys.executable, "-c", code, str(library.cache), *arguments], capture_output=True, text=True, env=environment
-    )
+    no_core = "import resource; resource.setrlimit(resource.RLIMIT_CORE, (0, 0))\n"  # an abort is what some wait for
+    command = [sys.executable, "-c", no_core + code, str(library.cache), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
 PLANT_AND_RUN = """
