@@ -64,7 +64,7 @@ def _bars(plt: Any, panels: dict[str, dict[str, dict[str, float]]], unit: str, t
         1, len(panels), figsize=(6.2 * len(panels), height), sharey=True, squeeze=False, layout="constrained"
     )
     thick = 0.8 / len(series)
-    handles = {}
+    handles: dict[str, Any] = {}
     for axis, (panel, groups) in zip(axes[0], panels.items(), strict=True):
         values = [value for bars in groups.values() for value in bars.values()]
         for number, name in enumerate(series):

@@ -1,0 +1,366 @@
+"""dcn-bench: records, verdicts, peers, and how it ends."""
+
+from __future__ import annotations
+
+import csv
+import json
+import stat
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from dcn_kernels.cli.bench import main
+
+import dcn_kernels.cpu.deform_conv as cpu_deform_conv
+from dcn_kernels import layers, peers, profiling, record
+from dcn_kernels.environment import why_not
+from dcn_kernels.registry import OPS
+
+ROOT = Path(__file__).parent.parent
+SMALL = "C=8,H=9,W=10,O=8"
+QUICK = ("profile", "--shape", SMALL, "--offsets", "random", "--budget", "0.01", "--threads", "1")
+
+
+def run(*arguments: str) -> Result:
+    """The command in this process; a traceback fails the test."""
+    result = CliRunner().invoke(main, list(arguments))
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def one_line(result: Result, code: int) -> str:
+    """A usage error: this exit code, one line on stderr, nothing on stdout."""
+    assert result.exit_code == code, result.output
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1 and result.stdout == "", result.output
+    return lines[0]
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Records of a test go nowhere else; the machine's rates are not measured again for each test."""
+    monkeypatch.chdir(tmp_path)
+    rates = {"gflops": 100.0, "gbytes_s": 10.0}
+    monkeypatch.setattr(profiling.ceiling, "rates", lambda threads, dtype: rates)
+    monkeypatch.setattr(profiling.ceiling, "products", lambda threads, dtype, shapes: [1.0] * len(shapes))
+
+
+def measured(path: Path) -> dict[str, Any]:
+    """A real record of two rows."""
+    result = run(*QUICK, "--output", str(path))
+    assert result.exit_code == 0, result.output
+    return record.read(path)
+
+
+# ---------------------------------------------------------------- profile
+
+
+def test_a_record_holds_what_is_described(tmp_path: Path) -> None:
+    found = measured(tmp_path / "run.json")
+    assert set(found) == set(record.FIELDS)
+    assert [row["direction"] for row in found["rows"]] == ["forward", "backward"]
+    for row in found["rows"]:
+        assert set(row) == set(record.ROW_FIELDS)
+        assert len(row["samples_ms"]) >= 3 and row["median_ms"] == pytest.approx(np.median(row["samples_ms"]), rel=1e-3)
+        assert row["small_check"] <= 1 and row["spot_check"] <= 1 and row["temp_bytes"] > 0
+        products = 2 * 8 * 8 * 9 * 90 * (1 if row["direction"] == "forward" else 2)
+        assert row["gflops"] == pytest.approx(products / row["median_ms"] / 1e6)
+        assert row["plain_ratio"] == pytest.approx(row["median_ms"] / row["plain_ms"])
+
+
+def test_without_output_the_record_goes_to_bench_results(tmp_path: Path) -> None:
+    result = run(*QUICK, "--direction", "forward")
+    assert result.exit_code == 0
+    (path,) = (tmp_path / "bench_results").glob("*.json")
+    assert len(record.read(path)["rows"]) == 1 and str(path.name) in result.stderr
+    run(*QUICK, "--direction", "forward", "--no-save")
+    assert len(list((tmp_path / "bench_results").glob("*.json"))) == 1
+
+
+@pytest.mark.parametrize("kind", ["json", "csv", "markdown"])
+def test_results_alone_are_on_stdout(kind: str) -> None:
+    result = run(*QUICK, "--no-save", f"--{kind}")
+    assert result.exit_code == 0
+    if kind == "json":
+        assert len(record.check(json.loads(result.stdout))["rows"]) == 2
+    elif kind == "csv":
+        rows = list(csv.DictReader(result.stdout.splitlines()))
+        assert [row["direction"] for row in rows] == ["forward", "backward"] and float(rows[0]["median_ms"]) > 0
+    else:
+        assert result.stdout.count("| shape | deform_conv2d |") == 2
+
+
+def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = cpu_deform_conv.deform_conv2d_backward
+
+    def scaled(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        return {name: array * np.float32(1.01) for name, array in right(*args, **kwargs).items()}
+
+    monkeypatch.setattr(cpu_deform_conv, "deform_conv2d_backward", scaled)
+    result = run(*QUICK, "--no-save", "--json")
+    assert "differs from the reference" in one_line(result, 1)
+
+
+def test_a_fault_of_large_sizes_alone_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = profiling.make_inputs(layers.parse("deform_conv2d", "C=8,H=40,W=40,O=8"), "random", "float32", 0)
+    for direction in profiling.DIRECTIONS:
+        assert profiling.check_spots(inputs, "cpu", direction, 0) <= 1
+    right = cpu_deform_conv.deform_conv2d
+
+    def forgets_the_last_rows(*args: Any, **kwargs: Any) -> Any:
+        out = right(*args, **kwargs)
+        out[:, :, 12:] *= 0.99
+        return out
+
+    monkeypatch.setattr(cpu_deform_conv, "deform_conv2d", forgets_the_last_rows)
+    assert profiling.check_small(layers.parse("deform_conv2d", SMALL), "random", "float32", "cpu", 0) <= 1
+    with pytest.raises(profiling.Mismatch, match="output differs"):
+        profiling.check_spots(inputs, "cpu", "forward", 0)
+
+
+def test_every_operator_of_the_layers_can_be_profiled() -> None:
+    """Sizes cut, on the reference: every row's layer gives arrays that its operator takes."""
+    assert {layer["op"] for layer in layers.LAYERS.values()} == set(OPS)
+    for name in layers.DEFAULT_SET:
+        layer = layers.LAYERS[name]
+        inputs = profiling.make_inputs(layer, "random", "float32", 0)
+        assert inputs.shape[0] == inputs.sizes[OPS[layer["op"]].output.split()[0]], name
+
+
+def test_ctrl_c_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = profiling.profile
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        yield next(right(*args, **kwargs))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(profiling, "profile", interrupted)
+    result = run(*QUICK, "--output", str(tmp_path / "part.json"))
+    assert result.exit_code == 130 and len(record.read(tmp_path / "part.json")["rows"]) == 1
+
+
+def test_layers_come_from_a_toml_file(tmp_path: Path) -> None:
+    path = tmp_path / "layers.toml"
+    path.write_text('[layers.mine]\nop = "offset_sample2d"\nC = 4\nH = 8\nW = 9\noffset_groups = 2\n')
+    result = run("profile", "--shapes", str(path), "--backend", "reference", "--budget", "0.01", "--json", "--no-save",
+                 "--offsets", "zero")  # fmt: skip
+    rows = json.loads(result.stdout)["rows"]
+    assert [(row["layer"], row["op"]) for row in rows] == [("mine", "offset_sample2d")] * 2
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("not toml", "not a TOML file"),
+        ("a = 1", "[layers.NAME]"),
+        ("[layers.x]\nC = 0\nH = 4\nW = 4\nO = 4", "C"),
+        ("[layers.x]\nC = 4\nH = 4\nW = 4\nO = 4\nkernle = 3", "kernle"),
+        ('[layers.x]\nop = "none"\nC = 4', "none"),
+        ("[layers.x]\nC = 4\nW = 4\nO = 4", "'H'"),
+    ],
+)
+def test_wrong_layers_are_one_line_and_2(tmp_path: Path, text: str, says: str) -> None:
+    path = tmp_path / "layers.toml"
+    path.write_text(text)
+    assert says in one_line(run("profile", "--shapes", str(path)), 2)
+
+
+def test_wrong_usage_is_one_line_and_2(tmp_path: Path) -> None:
+    assert "no layer" in one_line(run("profile", "--layer", "Z"), 2)
+    assert "no operator" in one_line(run("profile", "--op", "conv"), 2)
+    assert "regular expression" in one_line(run("profile", "--filter", "("), 2)
+    assert "no layer is left" in one_line(run("profile", "--filter", "nothing"), 2)
+    assert "NAME=NUMBER" in one_line(run("profile", "--shape", "C=four"), 2)
+    assert "does not divide C = 8" in one_line(run("profile", "--shape", SMALL + ",offset_groups=3"), 2)
+    assert ".json" in one_line(run("profile", "--output", "run.xls"), 2)
+    assert "no folder" in one_line(run("profile", "--output", str(tmp_path / "none" / "r.json")), 2)
+    assert "no peer" in one_line(run(*QUICK, "--against", "caffe"), 2)
+    assert run("profile", "--budget", "0").exit_code == 2
+    assert run("profile", "--threads", "0").exit_code == 2
+
+
+@pytest.mark.skipif(not why_not("cuda"), reason="a GPU is there")
+def test_a_backend_that_is_not_there_is_3() -> None:
+    assert "cuda is not available" in one_line(run("profile", "--backend", "cuda"), 3)
+
+
+def test_list_runs_nothing() -> None:
+    result = run("profile", "--list", "--filter", "^resnet")
+    assert result.exit_code == 0 and "resnet101-res5a" in result.stdout and "centernet" not in result.stdout
+    assert set(json.loads(run("layers", "--json").stdout)) == set(layers.LAYERS)
+
+
+def test_env_says_why_a_backend_is_missing() -> None:
+    found = json.loads(run("env", "--json").stdout)
+    assert found["backends"]["cpu"] == "available"
+    assert found["backends"]["cuda"] == (why_not("cuda") or "available")
+    assert found["blas"]["name"] and found["threads"] >= 1
+    assert run("env").exit_code == 0
+
+
+def test_spread_gives_the_paper_s_effective_dilation() -> None:
+    rng = np.random.default_rng(0)
+    for mean in layers.TABLE_2.values():
+        first, second = rng.standard_normal((2, 2, 200_000)) * layers.spread(mean)
+        distance = np.hypot(2 + second[0] - first[0], second[1] - first[1])
+        assert distance.mean() == pytest.approx(mean, abs=0.02)
+
+
+# ---------------------------------------------------------------- peers
+
+STAND_IN = """#!{python}
+# speaks a peer's part: doubles what it is asked to compute, so that the disagreement is known
+import json, os, sys
+import numpy as np
+from dcn_kernels import deform_conv2d, deform_conv2d_backward
+print(json.dumps({{"version": "9.9"}}), flush=True)
+for line in sys.stdin:
+    asked = json.loads(line)
+    if asked["do"] == "run":
+        print(json.dumps({{"samples_ms": [5.0, 7.0]}}), flush=True)
+        continue
+    if asked["direction"] == "backward":
+        print(json.dumps({{"error": "has no backward"}}), flush=True)
+        continue
+    stored = dict(np.load(asked["path"]))
+    stored.pop("grad_output")
+    path = os.path.join(os.path.dirname(asked["path"]), "results.npz")
+    np.savez(path, output={factor} * deform_conv2d(**stored, padding=1, backend="reference"))
+    print(json.dumps({{"what": "a stand-in", "path": path, "comparable": True}}), flush=True)
+"""
+
+
+def stand_in(tmp_path: Path, factor: float) -> str:
+    path = tmp_path / "python"
+    path.write_text(STAND_IN.format(python=sys.executable, factor=factor))
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return str(path)
+
+
+@pytest.mark.parametrize(("factor", "error"), [(1.0, 0.0), (1.5, 0.5)])
+def test_a_peer_is_timed_and_its_disagreement_shown(tmp_path: Path, factor: float, error: float) -> None:
+    result = run(*QUICK, "--no-save", "--json", "--against", f"torchvision={stand_in(tmp_path, factor)}")
+    found = record.check(json.loads(result.stdout))
+    forward, backward = found["rows"]
+    theirs = forward["against"]["torchvision"]
+    assert theirs["max_error"] == pytest.approx(error, abs=1e-5)
+    assert theirs["ratio"] == pytest.approx(6.0 / forward["median_ms"]) and theirs["median_ms"] == 6.0
+    assert backward["against"] == {} and "has no backward" in result.stderr
+    assert found["versions"]["torchvision"] == "9.9"
+
+
+def test_a_missing_peer_is_named_with_how_to_get_it() -> None:
+    result = run(
+        *QUICK, "--no-save", "--direction", "forward", "--against", "tvdcn=/nowhere/python", "--against", "paddle"
+    )
+    assert result.exit_code == 0
+    assert "tvdcn is left out: cannot run /nowhere/python" in result.stderr
+    assert "pip install paddlepaddle" in result.stderr
+
+
+def test_the_worker_knows_every_peer() -> None:
+    text = peers.WORKER.read_text()
+    for name in peers.PEERS:
+        assert f'"{name}": (' in text
+
+
+# ---------------------------------------------------------------- compare
+
+
+def test_verdicts_follow_the_samples() -> None:
+    rng = np.random.default_rng(0)
+    steady = 10 + 0.05 * rng.standard_normal(40)
+    noisy = 10 * np.exp(0.5 * rng.standard_normal(8))
+    assert record.verdict(steady, steady[::-1])[0] == "same"
+    assert record.verdict(steady, 1.2 * steady)[0] == "slower"
+    assert record.verdict(steady, 0.8 * steady)[0] == "faster"
+    assert record.verdict(steady, noisy)[0] == "unsure"
+    assert record.verdict([10.0], [20.0])[0] == "unsure"  # one sample says nothing
+    assert record.verdict(steady, 1.2 * steady)[1] == pytest.approx(1.2)
+
+
+def test_compare_fails_above_a_ratio(tmp_path: Path) -> None:
+    old = measured(tmp_path / "old.json")
+    new = json.loads(json.dumps(old))
+    for row in old["rows"]:
+        row["samples_ms"] = [10.0, 10.1, 9.9, 10.0]
+    for row, factor in zip(new["rows"], (2.0, 1.0), strict=True):
+        row["samples_ms"] = [factor * s for s in (10.0, 10.1, 9.9, 10.0)]
+    for name, found in (("old", old), ("new", new)):
+        (tmp_path / f"{name}.json").write_text(record.to_json(found))
+    both = str(tmp_path / "old.json"), str(tmp_path / "new.json")
+    result = run("compare", *both, "--json")
+    assert [row["verdict"] for row in json.loads(result.stdout)["rows"]] == ["slower", "same"]
+    assert result.exit_code == 0 and result.stderr == ""
+    assert run("compare", *both, "--fail-above", "1.5").exit_code == 1
+    assert run("compare", *both, "--fail-above", "2.5").exit_code == 0
+    new["device"]["cpu"], new["versions"]["numpy"] = "another", "0.1"
+    (tmp_path / "new.json").write_text(record.to_json(new))
+    warnings = run("compare", *both).stderr
+    assert "the machines differ (cpu)" in warnings and "numpy" in warnings
+    new["rows"] = []
+    (tmp_path / "new.json").write_text(record.to_json(new))
+    assert run("compare", *both).exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda text: text[: len(text) // 2], "not JSON"),
+        (lambda text: "[]", "not a record"),
+        (lambda text: text.replace('"schema": 1', '"schema": 99'), "schema 99"),
+        (lambda text: text.replace('"median_ms"', '"medium_ms"'), "median_ms is missing"),
+        (lambda text: text.replace('"direction": "forward"', '"direction": 3'), "direction"),
+        (lambda text: text.replace('"commit"', '"comit"'), "commit is missing"),
+    ],
+)
+def test_a_damaged_record_is_one_line_and_2(tmp_path: Path, damage: Any, says: str) -> None:
+    measured(tmp_path / "good.json")
+    text = (tmp_path / "good.json").read_text()
+    (tmp_path / "bad.json").write_text(damage(text))
+    for arguments in (("compare", "good.json", "bad.json"), ("plot", "bad.json", "-o", "p.png")):
+        assert says in one_line(run(*arguments), 2)
+    assert "No such file" in one_line(run("compare", "good.json", "none.json"), 2)
+
+
+def test_a_file_is_whole_or_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "run.json"
+    path.write_text("what was there")
+
+    def fails(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", fails)
+    result = run(*QUICK, "--direction", "forward", "--output", str(path))
+    assert result.exit_code == 2 and "No space left" in result.stderr
+    assert path.read_text() == "what was there" and [p.name for p in tmp_path.iterdir()] == ["run.json"]
+
+
+# ---------------------------------------------------------------- pictures and the published records
+
+
+def test_pictures(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    result = run(*QUICK, "--threads", "2", "--output", "run.json")
+    assert result.exit_code == 0
+    for what in ("speed", "memory", "scaling"):
+        assert run("plot", "run.json", "-o", f"{what}.png", "--what", what).exit_code == 0
+        assert (tmp_path / f"{what}.png").read_bytes().startswith(b"\x89PNG")
+    assert ".png" in one_line(run("plot", "run.json", "-o", "picture.gif"), 2)
+    one = record.read("run.json")
+    one["rows"] = [row for row in one["rows"] if row["threads"] == 1]
+    Path("one.json").write_text(record.to_json(one))
+    assert "two numbers of threads" in one_line(run("plot", "one.json", "-o", "s.png", "--what", "scaling"), 2)
+
+
+def test_published_records_are_whole_and_their_readme_is_theirs() -> None:
+    folder = ROOT / "bench_results"
+    records = {path.name: record.read(path) for path in folder.glob("*.json")}
+    assert records, "no record is published"
+    assert (folder / "README.md").read_text() == record.readme(records)
+    for name, found in records.items():
+        for row in found["rows"]:
+            assert row["small_check"] <= 1 and (row["spot_check"] or 0) <= 1, (name, row["layer"])
