@@ -272,18 +272,22 @@ def openvino_node(op, arrays, params, parameters):
     if op == "roi_pool" and params["mode"] == "max":
         return ov.roi_pooling(parameters["input"], parameters["rois"], list(size), float(scale), "max")
     if op == "ps_roi_pool" and params["convention"] == "rfcn":
-        channels = arrays["input"].shape[1] // params["group_size"][0] ** 2
-        return ov.psroi_pooling(
-            parameters["input"], parameters["rois"], channels, params["group_size"][0], float(scale), 1, 1, "average"
-        )
+        group = pair(params["group_size"])[0]
+        channels = arrays["input"].shape[1] // group**2
+        return ov.psroi_pooling(parameters["input"], parameters["rois"], channels, group, float(scale), 1, 1, "average")
     if op == "deform_ps_roi_pool":
-        channels = arrays["input"].shape[1] // params["group_size"] ** 2
-        part = params["part_size"][0]
+        group, samples = pair(params["group_size"])[0], params["sample_per_part"]
         return ov.deformable_psroi_pooling(
-            parameters["input"], parameters["rois"], channels, float(scale), params["group_size"],
-            "bilinear_deformable", params["sample_per_part"], params["sample_per_part"], part,
-            float(params["trans_std"]),
+            parameters["input"], parameters["rois"], arrays["input"].shape[1] // group**2, float(scale), group,
+            "bilinear_deformable", samples, samples, float(params["trans_std"]), pair(params["part_size"])[0],
             parameters.get("trans"),
+        )  # fmt: skip
+    if op == "roi_align":
+        height, width = size
+        return ov.roi_align(
+            parameters["input"], parameters["boxes"], parameters["images"], height, width,
+            max(0, int(params["sampling_ratio"])), float(scale), "avg",
+            "half_pixel" if params["aligned"] else "asymmetric",
         )  # fmt: skip
     raise NotThere("OpenVINO is not timed on " + op)
 
@@ -294,7 +298,11 @@ def openvino_peer(op, direction, arrays, params, dtype):
 
     only_forward_float32("openvino", direction, dtype)
     names = [name for name in ("input", "offset", "weight", "mask", "rois", "trans") if name in arrays]
-    parameters = {name: ov.parameter(list(arrays[name].shape), np.float32, name=name) for name in names}
+    if op == "roi_align":
+        names = ["input", "boxes", "images"]
+        arrays["boxes"] = np.ascontiguousarray(arrays["rois"][:, 1:])
+        arrays["images"] = arrays["rois"][:, 0].astype(np.int64)
+    parameters = {name: ov.parameter(list(arrays[name].shape), arrays[name].dtype, name=name) for name in names}
     node = openvino_node(op, arrays, params, parameters)
     config = {"INFERENCE_NUM_THREADS": THREADS, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
     model = openvino.Model([node.output(0)], [parameters[name] for name in names], "one")

@@ -151,11 +151,21 @@ def cells(record: Record) -> tuple[list[str], list[list[str]], list[str]]:
         ]  # fmt: skip
         for peer in peers:
             theirs = row["against"].get(peer)
-            shown.append(f"{_number(theirs['median_ms'])} ({theirs['ratio']:.2f}x)" if theirs else "")
+            shown.append(_against(theirs) if theirs else "")
         rows.append(shown)
     kept = [i for i, column in enumerate(columns) if column not in constant]  # the caption has those
     names = [columns[i] for i in kept]
     return names, [[row[i] for i in kept] for row in rows], [*RIGHT, *(name for name in names if "(ratio)" in name)]
+
+
+AGREES = 1e-3  # of the largest element: other libraries round coordinates in other orders
+
+
+def _against(theirs: dict[str, Any]) -> str:
+    """A peer's time and ratio, and its error where it computes something else than we do."""
+    error = theirs["max_error"]
+    differs = f", differs by {error:.1g}" if error is not None and error > AGREES else ""
+    return f"{_number(theirs['median_ms'])} ({theirs['ratio']:.2f}x{differs})"
 
 
 def _number(value: float) -> str:
