@@ -105,10 +105,9 @@ def call(
         sizes = shapes.bind(op, taken.arrays, params)
         if "rois" in op.arrays and (taken.backend != "cuda" or params["validate"]):  # on a GPU reading them would wait
             shapes.check_rois(op.name, taken.arrays["rois"], sizes["N"])
-        if direction == "forward":
-            shapes.check_out(op, taken.out, taken.arrays, sizes)
+        target = shapes.check_out(op, taken.out, taken.arrays, sizes) if direction == "forward" else None
         run = function(op, direction, taken.backend)
         inputs = {name: taken.arrays.get(name) for name in arrays}
         if direction == "forward":
-            return taken.give(run(**inputs, **params, out=taken.out), out)
+            return taken.give(run(**inputs, **params, out=target), out)
         return taken.give(run(**inputs, **params, wrt=names)) if names else {}

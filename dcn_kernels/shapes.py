@@ -30,6 +30,9 @@ DTYPES = {
 HALVES = (DTYPES["float16"], BFLOAT16)
 
 
+LARGEST_STEP = 2**31 - 1  # of a stride, padding or dilation: products with a size then fit 64 bits
+
+
 def accumulator(dtype: np.dtype) -> np.dtype:
     """The type of sums, coordinates and interpolation weights: float64 for float64, else float32."""
     return DTYPES["float64"] if dtype == np.float64 else DTYPES["float32"]
@@ -54,13 +57,15 @@ def pair(op: str, name: str, value: Any, minimum: int) -> tuple[int, int]:
     if isinstance(value, (tuple, list)):
         if len(value) != 2:
             raise ValueError(f"{op}: {name}: expected an int or a pair (h, w), got {value!r}")
-        return integer(op, name, value[0], minimum), integer(op, name, value[1], minimum)
+        numbers = integer(op, name, value[0], minimum), integer(op, name, value[1], minimum)
+        if max(numbers) > LARGEST_STEP:
+            raise ValueError(f"{op}: {name}: expected at most {LARGEST_STEP}, got {value!r}")
+        return numbers
     try:
         operator.index(value)
     except TypeError:
         raise TypeError(f"{op}: {name}: expected an int or a pair (h, w), got {value!r}") from None
-    number = integer(op, name, value, minimum)
-    return number, number
+    return pair(op, name, (value, value), minimum)
 
 
 def number(op: str, name: str, value: Any, *, positive: bool = False) -> float:
@@ -237,9 +242,7 @@ def bind_symbols(op: Op, arrays: dict[str, Any], params: Params) -> Sizes:
 
 
 @lru_cache(maxsize=1024)  # a layer is called again and again with the same shapes
-def _bind(
-    op: Op, shapes: tuple[tuple[str, tuple[int, ...]], ...], params_items: tuple[tuple[str, Any], ...]
-) -> Sizes:
+def _bind(op: Op, shapes: tuple[tuple[str, tuple[int, ...]], ...], params_items: tuple[tuple[str, Any], ...]) -> Sizes:
     shape_of, params = dict(shapes), dict(params_items)
     sizes: Sizes = {}
     _derive(op, sizes, params)  # those of the parameters alone
@@ -296,10 +299,14 @@ def argmax_error(op: str, pixels: int, got: int) -> ValueError:
 # ---------------------------------------------------------------- out=
 
 
-def check_out(op: Op, out: Any, arrays: dict[str, Any], sizes: Sizes) -> None:
-    """`out` has the result's shape and dtype, is C-contiguous and writable, and overlaps no input."""
+def check_out(op: Op, out: Any, arrays: dict[str, Any], sizes: Sizes) -> Any:
+    """`out` has the result's shape and dtype, is C-contiguous and writable, and overlaps no input.
+
+    Returns a view of it with the strides of a fresh array: an axis of length 1 may have any stride and still count
+    as contiguous, which a kernel must not meet.
+    """
     if out is None:
-        return
+        return None
     shape = evaluate(op.output, sizes)
     dtype = arrays[next(iter(op.arrays))].dtype
     if tuple(out.shape) != shape:
@@ -315,6 +322,7 @@ def check_out(op: Op, out: Any, arrays: dict[str, Any], sizes: Sizes) -> None:
         first, last = _extent(array)
         if first < end and start < last:
             raise ValueError(f"{op.name}: out: expected memory of its own, got an array that overlaps {name}")
+    return out.reshape(-1).reshape(shape)
 
 
 def _extent(array: Any) -> tuple[int, int]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from dcn_kernels.cpu.convert import address_of, fetch_run, store_run
 from dcn_kernels.cpu.gemm import LDA
-from dcn_kernels.cpu.jit import inner, stay_apart, to_fixed_tuple
+from dcn_kernels.cpu.jit import inner, spliced, stay_apart, to_fixed_tuple
 from dcn_kernels.cpu.lanes import blend8, blend16, dots8, dots16, spread8, spread16
 from dcn_kernels.cpu.sampling import coordinate_gradients
 from dcn_kernels.cpu.slabs import load_pixels
@@ -45,7 +45,7 @@ class Shape(NamedTuple):
 SHAPE_FIELDS = len(Shape._fields)
 
 
-@inner
+@spliced
 def shape_from(numbers):  # type: ignore[no-untyped-def]
     """The Shape at the start of a call's numbers."""
     return Shape(*to_fixed_tuple(numbers[:SHAPE_FIELDS], SHAPE_FIELDS))
@@ -89,7 +89,7 @@ def positions(s, offset, mask, n, g, k, start, count, y, x, m):  # type: ignore[
         row_y, row_x = y[done : done + length], x[done : done + length]
         for p in range(length):
             row_y[p] = y0 + row_y[p]
-            row_x[p] = x.dtype.type(np.int32(x0 + p * s.stride_w)) + row_x[p]
+            row_x[p] = x.dtype.type(x0 + p * s.stride_w) + row_x[p]
         done += length
 
 
@@ -139,14 +139,14 @@ def sample_gradients(s, wanted, source, target, index, weight, row, count, grad_
 
 @inner
 def write_coordinate_gradients(  # type: ignore[no-untyped-def]
-    s, limits, offset, mask, n, g, k, start, count, part, at, grad_offset, grad_mask, lines
+    s, limits, offset, mask, n, g, k, start, count, part, row, at, grad_offset, grad_mask, lines
 ):  # fmt: skip
-    """grad_offset and grad_mask of one tap at `count` pixels: the ranges' dots added up in order."""
+    """grad_offset and grad_mask of one tap at `count` pixels: the ranges' dots from part[row, at] on, added up."""
     stay_apart()
     taps, pixels = s.KH * s.KW, s.OH * s.OW
-    first = part[g * s.ranges, at:]
+    first = part[row, at:]
     for r in range(1, s.ranges):
-        more = part[g * s.ranges + r, at:]
+        more = part[row + r, at:]
         for p in range(count):
             for q in range(4):
                 first[p, q] += more[p, q]

@@ -12,7 +12,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from dcn_kernels.cpu.jit import inner, intrinsic, stay_apart
+from dcn_kernels.cpu.jit import inner, intrinsic, spliced, stay_apart
 from dcn_kernels.shapes import BFLOAT16
 
 F16, BF16, F32, F64 = 0, 1, 2, 3
@@ -139,7 +139,7 @@ def clear(typingctx, address, length):  # type: ignore[no-untyped-def]
     return types.void(types.intp, types.intp), codegen
 
 
-@inner
+@spliced
 def fetch_run(address, length):  # type: ignore[no-untyped-def]
     """Ask for `length` bytes that will be read soon and lie far from the last ones, where no machine guesses them."""
     for at in range(address, address + length, 64):

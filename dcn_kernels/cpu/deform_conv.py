@@ -28,7 +28,7 @@ from dcn_kernels.shapes import accumulator
 
 
 @inner
-def pack_weights(s, weight, group, j, slabs, of_group, packed, columns):  # type: ignore[no-untyped-def]
+def pack_weights(s, weight, group, j, slabs, of_group, packed):  # type: ignore[no-untyped-def]
     """Output channels j .. j + panel of one group as panels [pass][unit, lane][o] of the product's operand B."""
     stay_apart()
     taps, per_group = s.KH * s.KW, s.O // s.groups
@@ -118,7 +118,7 @@ def forward_worker(  # type: ignore[no-untyped-def]
         item = claim(sync)
         while item < to_pack + to_stage:
             if item < to_pack:
-                pack_weights(s, weight, item // panels, item % panels * s.panel, slabs, of_group, packed, column)
+                pack_weights(s, weight, item // panels, item % panels * s.panel, slabs, of_group, packed)
             else:
                 b, slab = (item - to_pack) // slabs.shape[0], (item - to_pack) % slabs.shape[0]
                 stage(s, input, image + b, b, slab, slabs, staged, block)
@@ -151,7 +151,7 @@ def forward_worker(  # type: ignore[no-untyped-def]
         barrier(threads, sync)
 
 
-TILE_BYTES = CACHE_BYTES * 3 // 4  # of one thread's tile
+TILE_BYTES = min(max(CACHE_BYTES, 256 << 10), 2 << 20) * 3 // 4  # of one thread's tile
 STAGE_BYTES = 4 << 20  # of staged images, where several small ones fit
 
 

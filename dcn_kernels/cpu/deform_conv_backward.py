@@ -277,7 +277,7 @@ def backward_worker(  # type: ignore[no-untyped-def]
                     count = min(s.tile, pixels - start)
                     for k in range(taps):
                         write_coordinate_gradients(
-                            s, limits, offset, mask, image + b, g, k, start, count, part, k * used + slot,
+                            s, limits, offset, mask, image + b, g, k, start, count, part, g * s.ranges, k * used + slot,
                             grad_offset, grad_mask, lines[thread],
                         )  # fmt: skip
                     item = claim(sync)

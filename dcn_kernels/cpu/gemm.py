@@ -82,7 +82,7 @@ def _tile(vectors: int, across: bool) -> Any:
             run = ir.VectorType(element, width)
             i64, i32 = ir.IntType(64), ir.IntType(32)
             fma = cgutils.get_or_insert_function(
-                builder.module, ir.FunctionType(run, [run, run, run]), f"llvm.fma.v{width}f{8 * itemsize}"
+                builder.module, ir.FunctionType(run, [run, run, run]), f"llvm.fmuladd.v{width}f{8 * itemsize}"
             )
             ap, bp, cp = (builder.inttoptr(address, element.as_pointer()) for address in (a, b, c))
 

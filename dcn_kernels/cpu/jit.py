@@ -6,8 +6,8 @@ file would go unnoticed. Here every source of the folder is part of the key.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
+import inspect
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 
 import numba
 from numba import types
-from numba.core.caching import FunctionCache, IndexDataCacheFile
+from numba.core.caching import FunctionCache, IndexDataCacheFile, NullCache
 from numba.extending import intrinsic as _intrinsic
 from numba.np.unsafe.ndarray import to_fixed_tuple as _to_fixed_tuple
 
@@ -45,21 +45,37 @@ class _FolderCache(FunctionCache):
 
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__(function)
-        self._cache_file = IndexDataCacheFile(self.cache_path, self._impl.filename_base, SOURCE_STAMP)
+        own = hashlib.sha256(Path(inspect.getfile(function)).read_bytes()).hexdigest()  # it may be of another folder
+        self._cache_file = IndexDataCacheFile(self.cache_path, self._impl.filename_base, SOURCE_STAMP + own)
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         found = super().load_overload(sig, target_context)
         if found is None:
-            name = self._py_func.__module__.rpartition(".")[2]
-            _log.warning("compiling %s.%s, once; kept in %s", name, self._py_func.__name__, self.cache_path)
+            _say(self._py_func, f"once; kept in {self.cache_path}")
         return found
+
+
+class _NoCache(NullCache):
+    """Where no folder is writable: each process compiles, and says so."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._py_func = function
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        _say(self._py_func, "in every process: no folder is writable to keep it; NUMBA_CACHE_DIR can name one")
+
+
+def _say(function: Callable[..., Any], where: str) -> None:
+    _log.warning("compiling %s.%s, %s", function.__module__.rpartition(".")[2], function.__name__, where)
 
 
 def kernel(function: Callable[..., Any]) -> Any:
     """Compile a worker that Python calls: without the GIL, cached on disk."""
     dispatcher: Any = numba.njit(nogil=True, error_model="numpy", fastmath=FASTMATH)(function)
-    with contextlib.suppress(RuntimeError):  # no writable folder for a cache: compile in each process
+    try:
         dispatcher._cache = _FolderCache(function)
+    except RuntimeError:  # no writable folder
+        dispatcher._cache = _NoCache(function)
     return dispatcher
 
 

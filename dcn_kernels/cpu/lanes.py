@@ -53,7 +53,7 @@ class _Emit:
         )
 
     def fma(self, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
-        name = f"llvm.fma.v{self.lanes}f{8 * self.itemsize}"
+        name = f"llvm.fmuladd.v{self.lanes}f{8 * self.itemsize}"
         kind = ir.FunctionType(self.run, [self.run] * 3)
         return self.builder.call(cgutils.get_or_insert_function(self.builder.module, kind, name), [a, b, c])
 

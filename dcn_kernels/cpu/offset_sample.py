@@ -96,7 +96,7 @@ def backward_worker(  # type: ignore[no-untyped-def]
     limits,
     planes,  # (threads, BATCH, H*W + 1)
     grad_planes,  # (threads, BATCH, H*W + 1)
-    part,  # (OG * ranges, H*W, 4): dots of one image
+    part,  # (OG * ranges, H*W, 4): dots of one image; (threads, ...) where a group has one owner
     index,  # (threads, 1, 4, TILE)
     factor,  # (threads, 1, 4, TILE)
     lines,  # (threads, 6, TILE)
@@ -113,7 +113,9 @@ def backward_worker(  # type: ignore[no-untyped-def]
         item = claim(sync)
         while item < s.OG * s.ranges:
             g, r = item // s.ranges, item % s.ranges
-            part[item] = zero
+            row = thread if s.ranges == 1 else item
+            if grad_offset.address != 0:
+                part[row] = zero
             end = g * per_group + per_group * (r + 1) // s.ranges
             for first in range(g * per_group + per_group * r // s.ranges, end, BATCH):
                 several = min(BATCH, end - first)
@@ -121,7 +123,8 @@ def backward_worker(  # type: ignore[no-untyped-def]
                     plane = planes[thread, c]
                     load_pixels(plane, 0, input.address + n * input.s0 + (first + c) * input.s1, input, s.W, 0, pixels)
                     plane[pixels] = zero
-                    grad_planes[thread, c] = zero
+                    if grad_input.address != 0:
+                        grad_planes[thread, c] = zero
                 for start in range(0, pixels, TILE):
                     count = min(TILE, pixels - start)
                     positions(s, offset, no_mask, n, g, 0, start, count, y, x, m)
@@ -129,19 +132,27 @@ def backward_worker(  # type: ignore[no-untyped-def]
                     for c in range(several):
                         base = grad_output.address + n * grad_output.s0 + (first + c) * grad_output.s1
                         load_pixels(values, 0, base, grad_output, s.W, start, count)
-                        add_dots(planes[thread, c], index[thread], values, count, part[item, start:])
-                        add_to_plane(grad_planes[thread, c], index[thread], factor[thread], values, count)
+                        if grad_offset.address != 0:
+                            add_dots(planes[thread, c], index[thread], values, count, part[row, start:])
+                        if grad_input.address != 0:
+                            add_to_plane(grad_planes[thread, c], index[thread], factor[thread], values, count)
                 if grad_input.address != 0:
                     for c in range(several):
                         to = grad_input.address + (n * s.C + first + c) * pixels * grad_input.s3
                         store_run(grad_planes[thread, c], 0, pixels, to, grad_input.kind)
+            if s.ranges == 1 and grad_offset.address != 0:  # the group is complete
+                for start in range(0, pixels, TILE):
+                    write_coordinate_gradients(
+                        s, limits, offset, no_mask, n, g, 0, start, min(TILE, pixels - start), part, row, start,
+                        grad_offset, no_mask, lines[thread],
+                    )  # fmt: skip
             item = claim(sync)
         barrier(threads, sync)
         item = claim(sync)
-        while item < s.OG * tiles and grad_offset.address != 0:
+        while item < s.OG * tiles and s.ranges > 1 and grad_offset.address != 0:
             g, start = item // tiles, item % tiles * TILE
             write_coordinate_gradients(
-                s, limits, offset, no_mask, n, g, 0, start, min(TILE, pixels - start), part, start,
+                s, limits, offset, no_mask, n, g, 0, start, min(TILE, pixels - start), part, g * s.ranges, start,
                 grad_offset, no_mask, lines[thread],
             )  # fmt: skip
             item = claim(sync)
@@ -193,11 +204,12 @@ def offset_sample2d_backward(
     shape, real = _shape(input, offset), accumulator(input.dtype)
     ranges = max(1, min(RANGES // shape.OG, shape.C // shape.OG))
     threads = min(threads_for(64.0 * input.size), shape.OG * ranges)
+    owners = threads if ranges == 1 else shape.OG * ranges  # of dots at one time
     plane = (threads, BATCH, shape.H * shape.W + 1)
     plan: workspace.Plan = {
         "planes": (plane, real),
-        "grad_planes": (plane, real),
-        "part": ((shape.OG * ranges, shape.H * shape.W, 4), real),
+        "grad_planes": (plane if "input" in wrt else (0, BATCH, 0), real),
+        "part": ((owners if "offset" in wrt else 0, shape.H * shape.W, 4), real),
         "index": ((threads, 1, 4, TILE), np.int32),
         "factor": ((threads, 1, 4, TILE), real),
         "lines": ((threads, 6, TILE), real),

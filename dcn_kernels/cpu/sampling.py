@@ -99,7 +99,7 @@ def corner_table(y, x, m, count, height, width, limits, index, weight, row):  # 
         index[row, 1, p] = _pixel(right, right, corner) if top & on_right else empty
         index[row, 2, p] = _pixel(right, down, corner) if bottom & on_left else empty
         index[row, 3, p] = _pixel(right, both, corner) if bottom & on_right else empty
-        factor = m[p] if counts else zero
+        factor = m[p] if counts else m[p] * zero  # 0, or NaN of a NaN mask
         factor = y[p] + x[p] if (y[p] != y[p]) | (x[p] != x[p]) else factor  # a NaN, also where the mask is 0
         weight[row, 0, p] = (one - ly) * (one - lx) * factor
         weight[row, 1, p] = (one - ly) * lx * factor
@@ -128,6 +128,6 @@ def coordinate_gradients(y, x, m, count, limits, dots, grad_y, grad_x, grad_m): 
         slope_x = m[p] * ((one - ly) * (d01 - d00) + ly * (d11 - d10))
         wrong = (y[p] != y[p]) | (x[p] != x[p])
         nan = y[p] + x[p]
-        grad_y[p] = nan if wrong else (slope_y if moves_y else zero)
-        grad_x[p] = nan if wrong else (slope_x if moves_x else zero)
+        grad_y[p] = nan if wrong else (slope_y if moves_y else m[p] * zero)
+        grad_x[p] = nan if wrong else (slope_x if moves_x else m[p] * zero)
         grad_m[p] = nan if wrong else (value if counts else zero)

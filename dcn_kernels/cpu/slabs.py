@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dcn_kernels.cpu.convert import address_of, clear, kind, load_run, store_run
-from dcn_kernels.cpu.jit import inner, stay_apart
+from dcn_kernels.cpu.jit import inner, spliced, stay_apart
 from dcn_kernels.cpu.lanes import transpose8, transpose16
 
 
@@ -29,7 +29,7 @@ class Array(NamedTuple):
     s3: int
 
 
-@inner
+@spliced
 def array_from(numbers, i):  # type: ignore[no-untyped-def]
     """The i-th `Array` behind the others in a call's numbers."""
     at = i * 6  # the fields of an Array
@@ -147,6 +147,6 @@ def load_pixels(to, at, base, array, row_length, start, count):  # type: ignore[
         done += length
 
 
-@inner
+@spliced
 def round_up(value, multiple):  # type: ignore[no-untyped-def]
     return (value + multiple - 1) // multiple * multiple

@@ -19,7 +19,7 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 
-from dcn_kernels.cpu.jit import inner, intrinsic
+from dcn_kernels.cpu.jit import inner, intrinsic, spliced
 
 _WAITING, _GENERATION, _CLAIMED = 0, 8, 16  # each on a cache line of its own
 _SYNC_SIZE = 24
@@ -64,7 +64,7 @@ def _declare(module: ir.Module, kind: ir.FunctionType, name: str) -> ir.Function
     return module.globals.get(name) or ir.Function(module, kind, name)
 
 
-@inner
+@spliced
 def claim(sync):  # type: ignore[no-untyped-def]
     """The number of the next piece of work of this phase, from 0; the caller stops when there are no more."""
     return _atomic_add(sync, _CLAIMED, 1)
@@ -93,20 +93,34 @@ class _Helper:
     """A thread that waits for workers to run."""
 
     def __init__(self) -> None:
-        self.todo: SimpleQueue[tuple[Callable[..., Any], tuple[Any, ...]]] = SimpleQueue()
-        self.done: SimpleQueue[BaseException | None] = SimpleQueue()
+        self.todo: SimpleQueue[tuple[Callable[..., Any], tuple[Any, ...], list[Any], SimpleQueue[None]]] = SimpleQueue()
         threading.Thread(target=self._loop, name="dcn-kernels", daemon=True).start()
 
     def _loop(self) -> None:
         while True:
-            worker, args = self.todo.get()
+            worker, args, finished, wake = self.todo.get()
             try:
                 worker(*args)
                 failure = None
             except BaseException as error:  # carried to the caller
                 failure = error
             del worker, args  # their arrays are the caller's to free
-            self.done.put(failure)
+            finished.append(failure)
+            wake.put(None)
+
+
+def _wait(finished: list[Any], started: int, wake: SimpleQueue[None]) -> None:
+    """Wait for all started threads, also through an interrupt: they still write the caller's arrays."""
+    interrupt = None
+    while True:
+        try:
+            while len(finished) < started:
+                wake.get()
+            break
+        except KeyboardInterrupt as error:
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt
 
 
 _helpers: list[_Helper] = []
@@ -128,8 +142,10 @@ def get_num_threads() -> int:
     """How many threads a CPU kernel uses: `set_num_threads`, else DCN_NUM_THREADS, else the cores of this process."""
     if _threads is not None:
         return _threads
-    setting = os.environ.get("DCN_NUM_THREADS", "")
-    if setting.isdigit() and int(setting) > 0:
+    setting = os.environ.get("DCN_NUM_THREADS")
+    if setting:
+        if not setting.isdigit() or int(setting) < 1:
+            raise ValueError(f"DCN_NUM_THREADS: expected a number of threads of at least 1, got {setting!r}")
         return int(setting)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -142,8 +158,8 @@ def threads_for(flops: float) -> int:
 def set_num_threads(threads: int | None) -> None:
     """Use this many threads in all later calls of this process; None goes back to the default."""
     global _threads
-    if threads is not None and threads < 1:
-        raise ValueError(f"set_num_threads: threads: expected at least 1 or None, got {threads}")
+    if threads is not None and (not isinstance(threads, int) or threads < 1):
+        raise ValueError(f"set_num_threads: threads: expected at least 1 or None, got {threads!r}")
     _threads = threads
 
 
@@ -159,14 +175,18 @@ def run(worker: Callable[..., Any], threads: int, *args: Any) -> None:
     try:
         while len(_helpers) < threads - 1:
             _helpers.append(_Helper())
-        team = _helpers[: threads - 1]
-        for thread, helper in enumerate(team, 1):
-            helper.todo.put((worker, (thread, threads, sync, *args)))
+        team = [helper.todo for helper in _helpers[: threads - 1]]
+        finished: list[BaseException | None] = []
+        wake: SimpleQueue[None] = SimpleQueue()
+        jobs = [(worker, (thread, threads, sync, *args), finished, wake) for thread in range(1, threads)]
+        started: list[None] = []
         try:
-            worker(0, threads, sync, *args)
+            started.extend(map(SimpleQueue.put, team, jobs))  # one step to an interrupt: all threads start, or none
+            if started:
+                worker(0, threads, sync, *args)
         finally:
-            failures = [helper.done.get() for helper in team]
-        for failure in failures:
+            _wait(finished, len(started), wake)
+        for failure in finished:
             if failure is not None:
                 raise failure
     finally:
