@@ -295,7 +295,7 @@ def kernels(archs: tuple[str, ...], as_json: bool) -> None:
             console.fail(str(error), console.FAILED)
     columns = ("kernel", "dtype", "flags", "arch", "registers", "spill_bytes", "shared_bytes", "stack_bytes")
     if as_json:
-        console.say(_json({"rows": rows}))
+        console.say(_json(rows))
     else:
         cells = [
             [" ".join(row[column]) if column == "flags" else str(row[column]) for column in columns] for row in rows

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import time
+from typing import Any
 
 import numpy as np
 
@@ -84,7 +85,7 @@ def torch_peer(op, direction, arrays, params, dtype):
     return torch_call(forward, tensors, grad_output, direction, "plain conv2d of the same shape")
 
 
-torch_peer.comparable = False
+torch_peer.comparable = False  # type: ignore[attr-defined]
 
 
 def torchvision_forward(op, params):
@@ -417,7 +418,8 @@ def main():
     except Exception as error:  # whatever a broken installation raises
         answer(error=f"cannot import {module}: {type(error).__name__}: {error}")
         return
-    prepare = run = None
+    prepare: Any = None
+    run: Any = None
     for line in sys.stdin:
         request = json.loads(line)
         try:
@@ -435,7 +437,8 @@ def main():
                     np.savez(path, **results())
                 answer(what=what, path=path, comparable=comparable)
             else:
-                samples, spent = [], 0.0
+                samples: list[float] = []
+                spent = 0.0
                 while not samples or (spent < request["milliseconds"] and len(samples) < 200):
                     prepare()
                     start = time.perf_counter()
