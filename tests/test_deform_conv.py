@@ -12,7 +12,7 @@ import pytest
 from conftest import Backend, assert_close
 from scipy.signal import correlate2d
 
-from dcn_kernels import convert_offsets
+from dcn_kernels import convert_offsets, deform_conv2d, deform_conv2d_backward
 from dcn_kernels.deform_conv import DEFORM_CONV2D
 from dcn_kernels.gradcheck import tolerance
 
@@ -362,3 +362,36 @@ def test_bad_argument_of_convert_offsets(change: dict[str, Any], error: type[Exc
     arguments = {"offset": np.zeros((1, 4, 2, 2)), "source": "split_yx", **change}
     with pytest.raises(error, match=message):
         convert_offsets(arguments.pop("offset"), **arguments)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_out_may_have_any_strides_along_axes_of_length_one(backend):
+    rng = np.random.default_rng(0)
+    image, weight = rng.standard_normal((1, 2, 5, 1)), rng.standard_normal((3, 2, 1, 1))
+    offset = rng.standard_normal((1, 2, 5, 1))
+    expected = deform_conv2d(image, offset, weight, backend="reference")
+    for out in (np.empty((1, 3, 5))[..., None], np.empty((1, 3, 1, 5)).swapaxes(2, 3)):
+        assert out.flags.c_contiguous  # whatever the strides of the last axis
+        assert deform_conv2d(image, offset, weight, out=out, backend=backend) is out
+        np.testing.assert_allclose(out, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_positions_are_counted_in_64_bits(backend):
+    image, step = np.full((1, 1, 1, 1), 5.0), 2**31 - 1
+    got = deform_conv2d(
+        image, np.zeros((1, 2, 1, 3)), np.ones((1, 1, 1, 1)), stride=(1, step), padding=(0, step), backend=backend
+    )
+    np.testing.assert_array_equal(got.ravel(), [0, 5, 0])
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_nan_mask_makes_its_sample_nan_also_outside_the_image(backend):
+    image, one = np.ones((1, 1, 2, 2)), np.ones((1, 1, 1, 1))
+    offset, mask = np.zeros((1, 2, 2, 2)), np.ones((1, 1, 2, 2))
+    offset[0, 0, 0, 0], mask[0, 0, 0, 0] = 100, np.nan
+    out = deform_conv2d(image, offset, one, mask=mask, backend=backend)
+    np.testing.assert_array_equal(np.isnan(out[0, 0]), [[True, False], [False, False]])
+    grads = deform_conv2d_backward(np.ones_like(out), image, offset, one, mask=mask, backend=backend)
+    assert np.isnan(grads["offset"][0, :, 0, 0]).all() and np.isnan(grads["weight"]).all()
+    assert np.isfinite(grads["input"]).all()

@@ -134,3 +134,30 @@ def test_number_of_threads_comes_from_the_call_then_the_environment_then_the_cor
     assert threads.get_num_threads() == len(os.sched_getaffinity(0))
     with pytest.raises(ValueError, match="set_num_threads: threads: expected at least 1"):
         threads.set_num_threads(0)
+
+
+def test_an_interrupt_waits_for_the_threads_that_still_write():
+    import signal
+    import time
+
+    finished = []
+
+    def worker(thread, number, sync):
+        if thread == 1:
+            time.sleep(0.5)
+            finished.append(thread)
+
+    def interrupt(signum, frame):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with pytest.raises(KeyboardInterrupt):
+            threads.run(worker, 2)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert finished == [1]
+    threads.run(worker, 2)  # the team is free again, and nothing of the last call is taken for this one
+    assert finished == [1, 1]
