@@ -58,7 +58,7 @@ def main() -> None:
 )
 @click.option("--seed", default=0, show_default=True)
 @click.option(
-    "--budget", default=0.5, show_default=True, type=click.FloatRange(0, min_open=True), help="Seconds a row."
+    "--budget", default=0.3, show_default=True, type=click.FloatRange(0, min_open=True), help="Seconds a row."
 )
 @click.option("--against", "peers", multiple=True, metavar="NAME[=PYTHON]", help="A peer library; repeatable.")
 @click.option("--json", "shape_of_output", flag_value="json", help="Print only the record.")
@@ -151,6 +151,7 @@ def profile(
             break
     stated = {**asdict(settings), "threads": list(threads) or [row["threads"] for row in rows[:1]], "blas": blas()}
     if rows:
+        profiling.best_ceilings(rows)
         _finish_profile(record.make(rows, stated, versions), shape_of_output, output, no_save)
     if interrupted:
         console.warn("interrupted: what was measured until then is kept")

@@ -10,27 +10,33 @@ import json
 import os
 import subprocess
 import sys
-from functools import lru_cache
 from typing import Any
 
 Shape = tuple[int, int, int, int]  # (how many, m, k, n): `how many` products of (m, k) and (k, n)
 
 
-@lru_cache
-def rates(threads: int, dtype: str) -> dict[str, float]:
-    """This machine's rates with so many threads: ``gflops`` of a square float32 or float64 matrix product,
-    ``gbytes_s`` of a copy (bytes read and written)."""
-    answers = _ask(threads, {"dtype": dtype})
-    return {name: max(answer[name] for answer in answers) for name in ("gflops", "gbytes_s")}
+def measure(threads: int, dtype: str, shapes: tuple[Shape, ...] = ()) -> dict[str, Any]:
+    """This machine's rates with so many threads, now.
 
+    Parameters
+    ----------
+    threads : int
+    dtype : {"float32", "float64"}
+    shapes : tuple of (how many, m, k, n)
+        Matrix products to time besides.
 
-@lru_cache
-def products(threads: int, dtype: str, shapes: tuple[Shape, ...]) -> list[float]:
-    """Milliseconds of matrix products of the given shapes."""
-    if not shapes:
-        return []
+    Returns
+    -------
+    dict
+        ``gflops`` of a square matrix product, ``gbytes_s`` of a copy (bytes read and written), ``products_ms`` of the
+        shapes.
+    """
     answers = _ask(threads, {"dtype": dtype, "shapes": shapes})
-    return [min(times) for times in zip(*(answer["products_ms"] for answer in answers), strict=True)]
+    return {
+        "gflops": max(answer["gflops"] for answer in answers),
+        "gbytes_s": max(answer["gbytes_s"] for answer in answers),
+        "products_ms": [min(times) for times in zip(*(a["products_ms"] for a in answers), strict=True)],
+    }
 
 
 def _ask(threads: int, request: dict[str, Any]) -> list[dict[str, Any]]:
@@ -97,17 +103,17 @@ def main() -> None:
         source = np.ones(1 << 24, np.float32)
         target = np.empty_like(source)
         parts = list(zip(np.array_split(target, threads), np.array_split(source, threads), strict=True))
-        seconds = best(lambda: list(pool.map(lambda part: np.copyto(*part), parts)), 0.2)
+        seconds = best(lambda: list(pool.map(lambda part: np.copyto(*part), parts)), 0.1)
         return 2 * source.nbytes / seconds / 1e9
 
     threads = request["threads"]
     pool = ThreadPoolExecutor(threads)
-    answer: dict[str, Any]
-    if "shapes" in request:
-        answer = {"products_ms": [1e3 * many * product(m, k, n, 0.1) for many, m, k, n in request["shapes"]]}
-    else:
-        size = 1536
-        answer = {"gflops": 2 * size**3 / product(size, size, size, 0.3) / 1e9, "gbytes_s": copy()}
+    size = 1024
+    answer = {
+        "gflops": 2 * size**3 / product(size, size, size, 0.15) / 1e9,
+        "gbytes_s": copy(),
+        "products_ms": [1e3 * many * product(m, k, n, 0.1) for many, m, k, n in request["shapes"]],
+    }
     sys.stdout.write(json.dumps(answer))
 
 

@@ -24,7 +24,7 @@ from dcn_kernels.registry import OPS
 DIRECTIONS = ("forward", "backward")
 OFFSETS = ("zero", "smooth", "random")
 _LEAST_ROUNDS, _MOST_SAMPLES = 5, 200
-_SPOTS = 32  # output positions (or RoIs: 4) whose results are compared at full size
+_SPOTS = 32  # output positions (or RoIs: 2) whose results are compared at full size
 NOISY = 0.25  # interquartile range over median above which a row is called noisy
 
 RowDict = dict[str, Any]
@@ -44,7 +44,7 @@ class Settings:
     offsets: tuple[str, ...] = ("smooth", "random")
     threads: int | None = None
     seed: int = 0
-    budget: float = 0.5  # seconds of timing a row, for us and for each peer
+    budget: float = 0.3  # seconds of timing a row, for us and for each peer
 
 
 # ---------------------------------------------------------------- clocks
@@ -180,7 +180,7 @@ def _leading_part(op: Op) -> Callable[[Sample, int, int], tuple[Sample, dict[str
 
     def part(sample: Sample, count: int, seed: int) -> tuple[Sample, dict[str, Any]]:
         sizes, _ = gradcheck.output_shape(op, sample)
-        number = min(sizes[letter], 1 if letter == "N" else 4)
+        number = min(sizes[letter], 1 if letter == "N" else 2)
         picked = np.sort(np.random.default_rng(seed).choice(sizes[letter], number, replace=False))
         sliced = [name for name in sample.arrays if op.arrays[name].split()[0] == letter]
         arrays = {**sample.arrays, **{name: sample.arrays[name][picked] for name in sliced}}
@@ -288,7 +288,7 @@ def profile(
             kind = "random" if offsets == "none" else offsets
             if known != (name, kind, dtype):
                 inputs = make_inputs(layer, kind, dtype, settings.seed)
-                known, small = (name, kind, dtype), {}
+                known, small, ceilings = (name, kind, dtype), {}, {}
             first = clock(backend).milliseconds(runner(inputs, direction, backend))  # before a check has compiled it
             if backend not in small:
                 small[backend] = check_small(layer, kind, dtype, backend, settings.seed)
@@ -296,6 +296,9 @@ def profile(
             row |= {"direction": direction, "backend": backend, "dtype": dtype, "offsets": offsets, "threads": threads}
             row["small_check"] = small[backend]
             row |= _row(inputs, direction, backend, settings, threads, peers, warn, first)
+            if backend not in ceilings:
+                ceilings[backend] = _ceiling(inputs, backend, threads)
+            row |= _rates(inputs, direction, row["median_ms"], ceilings[backend])
             if row["spread_of_samples"] > NOISY:
                 warn(f"{name} {offsets} {direction}: noisy: the middle half of the samples spans "
                      f"{100 * row['spread_of_samples']:.0f} % of the median")  # fmt: skip
@@ -357,7 +360,6 @@ def _row(
     low, median, high = quartiles(samples)
     row |= {"median_ms": median, "quartiles_ms": [low, high], "samples_ms": [round(s, 5) for s in samples]}
     row |= {"compile_ms": max(0.0, first - median), "spread_of_samples": (high - low) / median}
-    row |= _rates(inputs, direction, backend, threads, median)
     row["against"] = {
         name: {
             "median_ms": quartiles(theirs[name])[1],
@@ -371,34 +373,48 @@ def _row(
     return row
 
 
-def _rates(inputs: Inputs, direction: str, backend: str, threads: int, median: float) -> RowDict:
+def _ceiling(inputs: Inputs, backend: str, threads: int) -> dict[str, Any]:
+    """This machine's rates now, and the times of the layer's plain products."""
+    dtype = next(iter(inputs.sample.arrays.values())).dtype
+    if backend == "cuda":
+        return _cuda_ceiling(str(dtype), _plain_product(inputs))
+    return ceiling.measure(threads, str(shapes.accumulator(dtype)), _plain_product(inputs))
+
+
+def _rates(inputs: Inputs, direction: str, median: float, limits: dict[str, Any]) -> RowDict:
     """Work per second, its share of the ceiling, and the time of a plain convolution's matrix product."""
     op = inputs.op
-    dtype = next(iter(inputs.sample.arrays.values())).dtype
-    flops = op.flops(inputs.sizes, direction)
-    traffic = op.bytes(inputs.sizes, direction, dtype.itemsize)
-    product = _plain_product(inputs)
-    if backend == "cuda":
-        limits = _cuda_ceiling(str(dtype), product)
-    else:
-        accumulator = str(shapes.accumulator(dtype))
-        limits = ceiling.rates(threads, accumulator) | {"products_ms": ceiling.products(threads, accumulator, product)}
-    arithmetic, memory = flops / limits["gflops"] / 1e6, traffic / limits["gbytes_s"] / 1e6  # ms
-    share = max(arithmetic, memory) / median
-    bound = ("arithmetic" if arithmetic >= memory else "memory") if share >= 0.1 else "neither"
+    itemsize = next(iter(inputs.sample.arrays.values())).dtype.itemsize
     rates: RowDict = {
-        "gflops": flops / median / 1e6,
-        "gbytes_s": traffic / median / 1e6,
-        "ceiling_share": share,
-        "bound": bound,
-        "ceiling": {"gflops": limits["gflops"], "gbytes_s": limits["gbytes_s"]},
+        "gflops": op.flops(inputs.sizes, direction) / median / 1e6,
+        "gbytes_s": op.bytes(inputs.sizes, direction, itemsize) / median / 1e6,
         "plain_ms": None,
         "plain_ratio": None,
     }
-    if product:
+    if limits["products_ms"]:
         rates["plain_ms"] = limits["products_ms"][0] * (1 if direction == "forward" else 2)
         rates["plain_ratio"] = median / rates["plain_ms"]
-    return rates
+    rates["ceiling"] = {"gflops": limits["gflops"], "gbytes_s": limits["gbytes_s"]}
+    return rates | shares(rates, rates["ceiling"])
+
+
+def shares(row: RowDict, limits: dict[str, float]) -> RowDict:
+    """How near a row comes to the machine's rates, and to which of them."""
+    arithmetic, memory = row["gflops"] / limits["gflops"], row["gbytes_s"] / limits["gbytes_s"]
+    share = max(arithmetic, memory)
+    bound = ("arithmetic" if arithmetic >= memory else "memory") if share >= 0.1 else "neither"
+    return {"ceiling": limits, "ceiling_share": share, "bound": bound}
+
+
+def best_ceilings(rows: list[RowDict]) -> None:
+    """Give the rows of a run the highest rates seen in it: the machine was measured for each layer, busy or not."""
+    groups: dict[Any, list[RowDict]] = {}
+    for row in rows:
+        groups.setdefault((row["backend"], row["dtype"], row["threads"]), []).append(row)
+    for group in groups.values():
+        limits = {name: max(row["ceiling"][name] for row in group) for name in ("gflops", "gbytes_s")}
+        for row in group:
+            row |= shares(row, limits)
 
 
 def _plain_product(inputs: Inputs) -> tuple[ceiling.Shape, ...]:
@@ -413,7 +429,7 @@ def _plain_product(inputs: Inputs) -> tuple[ceiling.Shape, ...]:
 
 
 def _cuda_ceiling(dtype: str, product: tuple[ceiling.Shape, ...]) -> dict[str, Any]:
-    """As `ceiling.rates` and `ceiling.products`, on the GPU through CuPy."""
+    """As `ceiling.measure`, on the GPU through CuPy."""
     import cupy
 
     ticks = CudaClock()

@@ -49,7 +49,10 @@ ROW_FIELDS: dict[str, tuple[Any, str]] = {
     "temp_bytes": (MAYBE, "peak temporary memory of a call besides its results"),
     "gflops": (NUMBER, "1e9 floating-point operations a second; of the matrix product alone where there is one"),
     "gbytes_s": (NUMBER, "1e9 bytes a second, each array counted once"),
-    "ceiling": (dict, "this machine's own rates: gflops of a matrix product, gbytes_s of a copy"),
+    "ceiling": (
+        dict,
+        "this machine's own rates, the best seen in the run: gflops of a matrix product, gbytes_s of a copy",
+    ),
     "ceiling_share": (NUMBER, "time at the ceiling over median_ms"),
     "bound": (str, "which ceiling is nearer: arithmetic or memory; neither where the share is below a tenth"),
     "plain_ms": (MAYBE, "the matrix product of a plain convolution of the same shape in NumPy's BLAS, copies left out"),

@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 from dcn_kernels.cli.bench import main
 
 import dcn_kernels.cpu.deform_conv as cpu_deform_conv
-from dcn_kernels import layers, peers, profiling, record
+from dcn_kernels import ceiling, layers, peers, profiling, record
 from dcn_kernels.environment import why_not
 from dcn_kernels.registry import OPS
 
@@ -43,9 +43,11 @@ def one_line(result: Result, code: int) -> str:
 def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Records of a test go nowhere else; the machine's rates are not measured again for each test."""
     monkeypatch.chdir(tmp_path)
-    rates = {"gflops": 100.0, "gbytes_s": 10.0}
-    monkeypatch.setattr(profiling.ceiling, "rates", lambda threads, dtype: rates)
-    monkeypatch.setattr(profiling.ceiling, "products", lambda threads, dtype, shapes: [1.0] * len(shapes))
+    monkeypatch.setattr(
+        profiling.ceiling,
+        "measure",
+        lambda threads, dtype, shapes: {"gflops": 100.0, "gbytes_s": 10.0, "products_ms": [1.0] * len(shapes)},
+    )
 
 
 def measured(path: Path) -> dict[str, Any]:
@@ -207,6 +209,19 @@ def test_spread_gives_the_paper_s_effective_dilation() -> None:
         first, second = rng.standard_normal((2, 2, 200_000)) * layers.spread(mean)
         distance = np.hypot(2 + second[0] - first[0], second[1] - first[1])
         assert distance.mean() == pytest.approx(mean, abs=0.02)
+
+
+def test_shares_are_of_the_best_rates_of_the_run() -> None:
+    busy, idle = ({"backend": "cpu", "dtype": "float32", "threads": 2, "gflops": 50.0, "gbytes_s": 1.0,
+                   "ceiling": {"gflops": rate, "gbytes_s": 10.0}} for rate in (25.0, 100.0))  # fmt: skip
+    profiling.best_ceilings([busy, idle])
+    assert busy["ceiling_share"] == idle["ceiling_share"] == 0.5 and busy["bound"] == "arithmetic"
+
+
+def test_the_machine_s_rates_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    found = ceiling.measure(1, "float32", ((2, 64, 64, 64),))
+    assert 0.1 < found["gflops"] < 1e5 and 0.1 < found["gbytes_s"] < 1e4 and 0 < found["products_ms"][0] < 1e3
 
 
 # ---------------------------------------------------------------- peers
