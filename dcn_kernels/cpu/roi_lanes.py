@@ -6,7 +6,9 @@ bin come as lists of indices, weights and slopes (see bins.py). Addresses are in
     grid_mean    to     = scale * sum_ij wy_i wx_j x_ij
     grid_spread  x_ij  += wy_i wx_j g                      its transpose
     grid_dots    part  += sum over lanes of g times (sum wy wx x, sum sy wx x, sum wy sx x)
-    grid_max     to     = the maximum, and its flat index
+    grid_max     to     = the maximum; grid_argmax also its flat index
+
+The first four come for one slab and for four.
 
 For one channel, read in place: rect_sum and rect_add, over the pixels of a bin, eight of a row at once.
 """
@@ -45,6 +47,10 @@ class _Grid(_Emit):
         self.builder.store(value, place)
         return place
 
+    def apart(self, base: ir.Value, step: ir.Value, count: int) -> list[ir.Value]:
+        """`count` addresses, `step` bytes apart."""
+        return [self.builder.add(base, self.builder.mul(step, ir.Constant(_I64, k))) for k in range(count)]
+
     @property
     def zeros(self) -> ir.Constant:
         return ir.Constant(self.run, [0.0] * self.lanes)
@@ -53,107 +59,161 @@ class _Grid(_Emit):
         self.builder.store(self.fma(a, b, self.builder.load(place)), place)
 
 
-@_intrinsic
-def grid_mean(typingctx, to, x, width, rows, wy, nrows, columns, wx, ncolumns, scale):  # type: ignore[no-untyped-def]
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        to, x, width, rows, wy, nrows, columns, wx, ncolumns, scale = args
-        e = _Grid(builder, signature.args[-1], LANES)
-        total = e.held(e.zeros)
-        with cgutils.for_range(builder, nrows) as i:
-            row = builder.mul(e.line(rows, i.index), width)
-            part = e.held(e.zeros)
-            with cgutils.for_range(builder, ncolumns) as j:
-                pixel = e.load(e.pointer(x, builder.add(row, e.line(columns, j.index))))
-                e.add_product(part, e.weight(wx, j.index), pixel)
-            e.add_product(total, e.weight(wy, i.index), builder.load(part))
-        e.store(builder.fmul(builder.load(total), e.everywhere(scale)), e.pointer(to))
-        return context.get_dummy_value()
-
-    return types.void(*[types.intp] * 9, scale), codegen
-
-
-@_intrinsic
-def grid_spread(typingctx, g, x, width, rows, wy, nrows, columns, wx, ncolumns, scale):  # type: ignore[no-untyped-def]
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        g, x, width, rows, wy, nrows, columns, wx, ncolumns, scale = args
-        e = _Grid(builder, signature.args[-1], LANES)
-        run = builder.fmul(e.load(e.pointer(g)), e.everywhere(scale))
-        with cgutils.for_range(builder, nrows) as i:
-            row = builder.mul(e.line(rows, i.index), width)
-            weighed = builder.fmul(run, e.weight(wy, i.index))
-            with cgutils.for_range(builder, ncolumns) as j:
-                place = e.pointer(x, builder.add(row, e.line(columns, j.index)))
-                e.store(e.fma(weighed, e.weight(wx, j.index), e.load(place)), place)
-        return context.get_dummy_value()
-
-    return types.void(*[types.intp] * 9, scale), codegen
-
-
-@_intrinsic
-def grid_dots(typingctx, like, part, g, x, width, rows, wy, sy, nrows, columns, wx, sx, ncolumns):  # type: ignore[no-untyped-def]
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        _, part, g, x, width, rows, wy, sy, nrows, columns, wx, sx, ncolumns = args
-        e = _Grid(builder, signature.args[0], LANES)
-        value, slope_y, slope_x = (e.held(e.zeros) for _ in range(3))
-        with cgutils.for_range(builder, nrows) as i:
-            row = builder.mul(e.line(rows, i.index), width)
-            along, across = e.held(e.zeros), e.held(e.zeros)
-            with cgutils.for_range(builder, ncolumns) as j:
-                pixel = e.load(e.pointer(x, builder.add(row, e.line(columns, j.index))))
-                e.add_product(along, e.weight(wx, j.index), pixel)
-                e.add_product(across, e.weight(sx, j.index), pixel)
-            weight = e.weight(wy, i.index)
-            e.add_product(value, weight, builder.load(along))
-            e.add_product(slope_y, e.weight(sy, i.index), builder.load(along))
-            e.add_product(slope_x, weight, builder.load(across))
-        run = e.load(e.pointer(g))
-        products = [builder.fmul(run, builder.load(place)) for place in (value, slope_y, slope_x)]
-        place = e.pointer(part, kind=ir.VectorType(e.element, 4))
-        e.store(builder.fadd(e.load(place), e.four_sums([*products, e.zeros])), place)
-        return context.get_dummy_value()
-
-    return types.void(like, *[types.intp] * 12), codegen
-
-
-def _grid_max(with_argmax: bool) -> Any:
+def _grid_mean(slabs: int) -> Any:
     @_intrinsic
-    def grid_max(typingctx, like, to, argmax, x, width, top, bottom, left, right):  # type: ignore[no-untyped-def]
-        """The first maximum in row-major order over a bin that is not empty; a NaN stays."""
-
+    def grid_mean(typingctx, to, to_step, x, x_step, width, rows, wy, nrows, columns, wx, ncolumns, scale):  # type: ignore[no-untyped-def]
         def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-            _, to, argmax, x, width, top, bottom, left, right = args
-            e = _Grid(builder, signature.args[0], LANES)
-            index = ir.VectorType(ir.IntType(32), LANES)
-            corner = builder.add(builder.mul(top, width), left)
-            best = e.held(e.load(e.pointer(x, corner)))
-            nan = e.held(builder.fcmp_unordered("uno", builder.load(best), e.zeros))
-            where = e.held(_everywhere(builder, builder.trunc(corner, ir.IntType(32)), index))
-            with cgutils.for_range_slice(builder, top, bottom, ir.Constant(_I64, 1)) as (i, _):
-                row = builder.mul(i, width)
-                with cgutils.for_range_slice(builder, left, right, ir.Constant(_I64, 1)) as (j, _):
-                    at = builder.add(row, j)
-                    pixel, now = e.load(e.pointer(x, at)), builder.load(best)
-                    is_nan = builder.fcmp_unordered("uno", pixel, e.zeros)
-                    more = builder.fcmp_ordered(">", pixel, now)
-                    if with_argmax:
-                        more = builder.and_(builder.or_(more, is_nan), builder.not_(builder.load(nan)))
-                        here = _everywhere(builder, builder.trunc(at, ir.IntType(32)), index)
-                        builder.store(builder.select(more, here, builder.load(where)), where)
-                    builder.store(builder.or_(builder.load(nan), is_nan), nan)
-                    builder.store(builder.select(more, pixel, now), best)
-            found = builder.load(best)
-            if not with_argmax:
-                not_a_number = ir.Constant(e.run, [float("nan")] * LANES)
-                found = builder.select(builder.load(nan), not_a_number, found)
-            e.store(found, e.pointer(to))
-            if with_argmax:
-                wide = builder.sext(builder.load(where), ir.VectorType(_I64, LANES))
-                builder.store(wide, builder.inttoptr(argmax, wide.type.as_pointer()), align=8)
+            to, to_step, x, x_step, width, rows, wy, nrows, columns, wx, ncolumns, scale = args
+            e = _Grid(builder, signature.args[-1], LANES)
+            maps = e.apart(x, x_step, slabs)
+            totals = [e.held(e.zeros) for _ in maps]
+            parts = [e.held(e.zeros) for _ in maps]
+            with cgutils.for_range(builder, nrows) as i:
+                row = builder.mul(e.line(rows, i.index), width)
+                for part in parts:
+                    builder.store(e.zeros, part)
+                with cgutils.for_range(builder, ncolumns) as j:
+                    weight, pixel = e.weight(wx, j.index), builder.add(row, e.line(columns, j.index))
+                    for base, part in zip(maps, parts, strict=True):
+                        e.add_product(part, weight, e.load(e.pointer(base, pixel)))
+                weight = e.weight(wy, i.index)
+                for total, part in zip(totals, parts, strict=True):
+                    e.add_product(total, weight, builder.load(part))
+            share = e.everywhere(scale)
+            for place, total in zip(e.apart(to, to_step, slabs), totals, strict=True):
+                e.store(builder.fmul(builder.load(total), share), e.pointer(place))
             return context.get_dummy_value()
 
-        return types.void(like, *[types.intp] * 8), codegen
+        return types.void(*[types.intp] * 11, scale), codegen
+
+    return grid_mean
+
+
+def _grid_spread(slabs: int) -> Any:
+    @_intrinsic
+    def grid_spread(typingctx, g, g_step, x, x_step, width, rows, wy, nrows, columns, wx, ncolumns, scale):  # type: ignore[no-untyped-def]
+        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            g, g_step, x, x_step, width, rows, wy, nrows, columns, wx, ncolumns, scale = args
+            e = _Grid(builder, signature.args[-1], LANES)
+            share, maps = e.everywhere(scale), e.apart(x, x_step, slabs)
+            runs = [builder.fmul(e.load(e.pointer(place)), share) for place in e.apart(g, g_step, slabs)]
+            with cgutils.for_range(builder, nrows) as i:
+                row, weight = builder.mul(e.line(rows, i.index), width), e.weight(wy, i.index)
+                weighed = [builder.fmul(run, weight) for run in runs]
+                with cgutils.for_range(builder, ncolumns) as j:
+                    weight, pixel = e.weight(wx, j.index), builder.add(row, e.line(columns, j.index))
+                    for base, run in zip(maps, weighed, strict=True):
+                        place = e.pointer(base, pixel)
+                        e.store(e.fma(run, weight, e.load(place)), place)
+            return context.get_dummy_value()
+
+        return types.void(*[types.intp] * 11, scale), codegen
+
+    return grid_spread
+
+
+def _grid_dots(slabs: int) -> Any:
+    @_intrinsic
+    def grid_dots(  # type: ignore[no-untyped-def]
+        typingctx, like, part, g, g_step, x, x_step, width, rows, wy, sy, nrows, columns, wx, sx, ncolumns
+    ):
+        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            _, part, g, g_step, x, x_step, width, rows, wy, sy, nrows, columns, wx, sx, ncolumns = args
+            e = _Grid(builder, signature.args[0], LANES)
+            maps = e.apart(x, x_step, slabs)
+            values, slopes_y, slopes_x, alongs, acrosses = ([e.held(e.zeros) for _ in maps] for _ in range(5))
+            with cgutils.for_range(builder, nrows) as i:
+                row = builder.mul(e.line(rows, i.index), width)
+                for place in (*alongs, *acrosses):
+                    builder.store(e.zeros, place)
+                with cgutils.for_range(builder, ncolumns) as j:
+                    weight, slope = e.weight(wx, j.index), e.weight(sx, j.index)
+                    at = builder.add(row, e.line(columns, j.index))
+                    for base, along, across in zip(maps, alongs, acrosses, strict=True):
+                        pixel = e.load(e.pointer(base, at))
+                        e.add_product(along, weight, pixel)
+                        e.add_product(across, slope, pixel)
+                weight, slope = e.weight(wy, i.index), e.weight(sy, i.index)
+                for k in range(slabs):
+                    e.add_product(values[k], weight, builder.load(alongs[k]))
+                    e.add_product(slopes_y[k], slope, builder.load(alongs[k]))
+                    e.add_product(slopes_x[k], weight, builder.load(acrosses[k]))
+            sums = [e.held(e.zeros) for _ in range(3)]
+            for k, place in enumerate(e.apart(g, g_step, slabs)):
+                run = e.load(e.pointer(place))
+                for total, each in zip(sums, (values, slopes_y, slopes_x), strict=True):
+                    e.add_product(total, run, builder.load(each[k]))
+            place = e.pointer(part, kind=ir.VectorType(e.element, 4))
+            four = e.four_sums([*(builder.load(total) for total in sums), e.zeros])
+            e.store(builder.fadd(e.load(place), four), place)
+            return context.get_dummy_value()
+
+        return types.void(like, *[types.intp] * 14), codegen
+
+    return grid_dots
+
+
+def _grid_max(slabs: int) -> Any:
+    @_intrinsic
+    def grid_max(typingctx, like, to, to_step, x, x_step, width, top, bottom, left, right):  # type: ignore[no-untyped-def]
+        """The maxima over a bin that is not empty; a NaN stays."""
+
+        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            _, to, to_step, x, x_step, width, top, bottom, left, right = args
+            e = _Grid(builder, signature.args[0], LANES)
+            corner, maps = builder.add(builder.mul(top, width), left), e.apart(x, x_step, slabs)
+            bests = [e.held(e.load(e.pointer(base, corner))) for base in maps]
+            nans = [e.held(ir.Constant(ir.VectorType(ir.IntType(1), LANES), [0] * LANES)) for _ in maps]
+            step = ir.Constant(_I64, 1)
+            with cgutils.for_range_slice(builder, top, bottom, step) as (i, _):
+                row = builder.mul(i, width)
+                with cgutils.for_range_slice(builder, left, right, step) as (j, _):
+                    at = builder.add(row, j)
+                    for base, best, nan in zip(maps, bests, nans, strict=True):
+                        pixel, now = e.load(e.pointer(base, at)), builder.load(best)
+                        builder.store(builder.select(builder.fcmp_ordered(">", pixel, now), pixel, now), best)
+                        is_nan = builder.fcmp_unordered("uno", pixel, pixel)
+                        builder.store(builder.or_(builder.load(nan), is_nan), nan)
+            not_a_number = ir.Constant(e.run, [float("nan")] * LANES)
+            for place, best, nan in zip(e.apart(to, to_step, slabs), bests, nans, strict=True):
+                e.store(builder.select(builder.load(nan), not_a_number, builder.load(best)), e.pointer(place))
+            return context.get_dummy_value()
+
+        return types.void(like, *[types.intp] * 9), codegen
 
     return grid_max
+
+
+@_intrinsic
+def grid_argmax(typingctx, like, to, argmax, x, width, top, bottom, left, right):  # type: ignore[no-untyped-def]
+    """The first maximum in row-major order over a bin that is not empty; a NaN stays."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        _, to, argmax, x, width, top, bottom, left, right = args
+        e, i32 = _Grid(builder, signature.args[0], LANES), ir.IntType(32)
+        index = ir.VectorType(i32, LANES)
+        corner = builder.add(builder.mul(top, width), left)
+        best = e.held(e.load(e.pointer(x, corner)))
+        nan = e.held(builder.fcmp_unordered("uno", builder.load(best), e.zeros))
+        where = e.held(_everywhere(builder, builder.trunc(corner, i32), index))
+        with cgutils.for_range_slice(builder, top, bottom, ir.Constant(_I64, 1)) as (i, _):
+            row = builder.mul(i, width)
+            with cgutils.for_range_slice(builder, left, right, ir.Constant(_I64, 1)) as (j, _):
+                at = builder.add(row, j)
+                pixel, now = e.load(e.pointer(x, at)), builder.load(best)
+                is_nan = builder.fcmp_unordered("uno", pixel, e.zeros)
+                more = builder.or_(builder.fcmp_ordered(">", pixel, now), is_nan)
+                more = builder.and_(more, builder.not_(builder.load(nan)))
+                here = _everywhere(builder, builder.trunc(at, i32), index)
+                builder.store(builder.select(more, here, builder.load(where)), where)
+                builder.store(builder.or_(builder.load(nan), is_nan), nan)
+                builder.store(builder.select(more, pixel, now), best)
+        e.store(builder.load(best), e.pointer(to))
+        wide = builder.sext(builder.load(where), ir.VectorType(_I64, LANES))
+        builder.store(wide, builder.inttoptr(argmax, wide.type.as_pointer()), align=8)
+        return context.get_dummy_value()
+
+    return types.void(like, *[types.intp] * 8), codegen
 
 
 def _everywhere(builder: ir.IRBuilder, value: ir.Value, kind: ir.VectorType) -> ir.Value:
@@ -163,7 +223,11 @@ def _everywhere(builder: ir.IRBuilder, value: ir.Value, kind: ir.VectorType) -> 
     return builder.shuffle_vector(first, nowhere, order)
 
 
-grid_max, grid_argmax = _grid_max(False), _grid_max(True)
+SLABS = 4  # worked on at once: their lists are read and their loops run once, and their sums do not wait for each other
+grid_mean, grid_means = _grid_mean(1), _grid_mean(SLABS)
+grid_spread, grid_spreads = _grid_spread(1), _grid_spread(SLABS)
+grid_dots, grid_dots_of_all = _grid_dots(1), _grid_dots(SLABS)
+grid_max, grid_maxima = _grid_max(1), _grid_max(SLABS)
 
 
 class _Rect(_Emit):

@@ -19,14 +19,24 @@ import numpy as np
 
 from dcn_kernels.cpu import workspace
 from dcn_kernels.cpu.bins import exact, lines, peek, poke, start_and_size
-from dcn_kernels.cpu.convert import F32, F64, kind, store_run
+from dcn_kernels.cpu.convert import F32, F64, fetch_run, kind, store_run
 from dcn_kernels.cpu.jit import inner, kernel
 from dcn_kernels.cpu.lanes import transpose16
-from dcn_kernels.cpu.roi_lanes import LANES, grid_dots, grid_mean, grid_spread
+from dcn_kernels.cpu.roi_lanes import (
+    LANES,
+    SLABS,
+    grid_dots,
+    grid_dots_of_all,
+    grid_mean,
+    grid_means,
+    grid_spread,
+    grid_spreads,
+)
 from dcn_kernels.cpu.slabs import Array, load_pixels
 from dcn_kernels.cpu.threads import claim, get_num_threads, run
 from dcn_kernels.shapes import accumulator
 
+DIRECT_BYTES = 2 << 20  # of maps read in place, of which a RoI reads a part: a bin's lines then serve several channels
 BLOCK_BYTES = 512 << 10  # of the map's values that a thread works on at a time: half a second-level cache of 1 MiB
 RANGES = 8  # of channels in a class, where gradients are summed over channels
 
@@ -201,6 +211,12 @@ def load_pooled(s, grad, r, c0, count, pooled, at, line, line_at):  # type: igno
 
 
 @inner
+def expect(array, r, c0, count):  # type: ignore[no-untyped-def]
+    """Ask for one RoI's channels c0 .. c0 + count, which will be read or written soon: no machine guesses where."""
+    fetch_run(array.address + r * array.s0 + c0 * array.s1, count * abs(array.s1))
+
+
+@inner
 def store_pooled(s, pooled, at, r, c0, count, out, line, line_at):  # type: ignore[no-untyped-def]
     """out[r, c0 .. c0 + count] = pooled[slab, bin, lane]."""
     bins = s.PH * s.PW
@@ -209,6 +225,12 @@ def store_pooled(s, pooled, at, r, c0, count, out, line, line_at):  # type: igno
         store_run(pooled, at, count * bins, base, out.kind)
     else:
         store_lanes(pooled, at, count, bins, out, base, line, line_at)
+
+
+@inner
+def slabs_of(channels):  # type: ignore[no-untyped-def]
+    """How many slabs hold so many channels."""
+    return (channels + LANES - 1) // LANES
 
 
 @inner
@@ -304,6 +326,7 @@ def forward_worker(  # type: ignore[no-untyped-def]
             for t in range(low, high):
                 r = order[t]
                 box = extent(s, rois, r, scale)
+                expect(out, r, c0, count)
                 for ph in range(s.PH):
                     for pw in range(s.PW):
                         share, is_nan, _, _ = bin_lines(
@@ -329,16 +352,24 @@ def forward_worker(  # type: ignore[no-untyped-def]
                                 plane += maps * pixels * itemsize
                         else:
                             slab = map0 + at * itemsize
-                            for j in range((count + LANES - 1) // LANES):
-                                grid_mean(
-                                    b + j * bins * LANES * itemsize, slab + j * pixels * LANES * itemsize,
+                            b_step, step, j = bins * LANES * itemsize, pixels * LANES * itemsize, 0
+                            while j + SLABS <= slabs_of(count):
+                                grid_means(
+                                    b + j * b_step, b_step, slab + j * step, step,
                                     s.W, y, row_weights, ny, x, column_weights, nx, share,
                                 )  # fmt: skip
+                                j += SLABS
+                            while j < slabs_of(count):
+                                grid_mean(
+                                    b + j * b_step, b_step, slab + j * step, step,
+                                    s.W, y, row_weights, ny, x, column_weights, nx, share,
+                                )  # fmt: skip
+                                j += 1
                 store_pooled(s, pooled, to, r, c0, count, out, line, line_at)
         item = claim(sync)
 
 
-@inner
+@exact  # a sum that may be reordered becomes vectors with gathers: slow for the few pixels of a bin
 def plane_mean(like, itemsize, plane, width, rows, wy, ny, columns, wx, nx):  # type: ignore[no-untyped-def]
     """sum_ij wy_i wx_j plane[row_i, column_j]; lists and plane are addresses."""
     total = type(like)(0)
@@ -395,6 +426,8 @@ def backward_worker(  # type: ignore[no-untyped-def]
                 r = order[t]
                 box = extent(s, rois, r, scale)
                 load_pooled(s, grad, r, c0, count, pooled, to, line, line_at)
+                if t + 1 < first_of[n + 1]:
+                    expect(grad, order[t + 1], c0, count)
                 for ph in range(s.PH):
                     for pw in range(s.PW):
                         share, is_nan, reach_x, reach_y = bin_lines(
@@ -424,15 +457,31 @@ def backward_worker(  # type: ignore[no-untyped-def]
                                     )
                                 plane += maps * pixels * itemsize
                         else:
-                            for j in range((count + LANES - 1) // LANES):
-                                slab, run = j * pixels * LANES * itemsize, b + j * bins * LANES * itemsize
+                            b_step, step, j, each = bins * LANES * itemsize, pixels * LANES * itemsize, 0, share * m
+                            while j + SLABS <= slabs_of(count):
                                 if wanted.coordinates:
-                                    grid_dots(
-                                        zero, dot, run, map0 + slab, s.W, y, wy, sy, ny,
-                                        x, weights + at, slopes + at, nx,
+                                    grid_dots_of_all(
+                                        zero, dot, b + j * b_step, b_step, map0 + j * step, step, s.W,
+                                        y, wy, sy, ny, x, weights + at, slopes + at, nx,
                                     )  # fmt: skip
                                 if wanted.input:
-                                    grid_spread(run, grad0 + slab, s.W, y, wy, ny, x, weights + at, nx, share * m)
+                                    grid_spreads(
+                                        b + j * b_step, b_step, grad0 + j * step, step, s.W,
+                                        y, wy, ny, x, weights + at, nx, each,
+                                    )  # fmt: skip
+                                j += SLABS
+                            while j < slabs_of(count):
+                                if wanted.coordinates:
+                                    grid_dots(
+                                        zero, dot, b + j * b_step, b_step, map0 + j * step, step, s.W,
+                                        y, wy, sy, ny, x, weights + at, slopes + at, nx,
+                                    )  # fmt: skip
+                                if wanted.input:
+                                    grid_spread(
+                                        b + j * b_step, b_step, grad0 + j * step, step, s.W,
+                                        y, wy, ny, x, weights + at, nx, each,
+                                    )  # fmt: skip
+                                j += 1
                         if wanted.coordinates:
                             if s.masked:
                                 part_mask[part, r, ph, pw] += peek(zero, dot) * share
@@ -446,7 +495,7 @@ def backward_worker(  # type: ignore[no-untyped-def]
         item = claim(sync)
 
 
-@inner
+@exact
 def plane_dots(g, itemsize, plane, width, rows, wy, sy, ny, columns, wx, sx, nx, dot):  # type: ignore[no-untyped-def]
     """dot += g times the value and its derivatives by y and x."""
     value = slope_y = slope_x = type(g)(0)
@@ -465,7 +514,7 @@ def plane_dots(g, itemsize, plane, width, rows, wy, sy, ny, columns, wx, sx, nx,
     poke(dot + 2 * itemsize, peek(g, dot + 2 * itemsize) + g * slope_x)
 
 
-@inner
+@exact
 def plane_spread(g, itemsize, plane, width, rows, wy, ny, columns, wx, nx):  # type: ignore[no-untyped-def]
     """plane[row_i, column_j] += wy_i wx_j g."""
     for i in range(ny):
@@ -559,8 +608,9 @@ def plan(
     worth = maps == 1 and each >= LANES // 2 and len(rois) * bins * 8 >= N * H * W
     lanes = lanes or (LANES if worth else 1)
     whole = -(-each // lanes) * lanes
-    block = min(max(BLOCK_BYTES // (maps * lanes * plane), 1) * lanes, 4 * LANES if lanes > 1 else 64, whole)
     direct = lanes == 1 and input.dtype == real and input.flags.c_contiguous
+    fitting = (DIRECT_BYTES if direct else BLOCK_BYTES) // (maps * lanes * plane)
+    block = min(max(fitting, 1) * lanes, SLABS * LANES if lanes > 1 else 64, whole)
     units, threads = cut(channels, classes, block, RANGES if coordinates else None), get_num_threads()
     chunks = 1 if backward else max(1, min(-(-4 * threads // (N * len(units))), len(rois) // 256))
     shape = Shape(

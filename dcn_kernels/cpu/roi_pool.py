@@ -13,13 +13,15 @@ import numpy as np
 
 from dcn_kernels.cpu import bins as rules
 from dcn_kernels.cpu import workspace
-from dcn_kernels.cpu.bins import MAX, pooled_bin
+from dcn_kernels.cpu.bins import MAX, peek, poke, pooled_bin
+from dcn_kernels.cpu.convert import F32, F64, fetch_run
 from dcn_kernels.cpu.jit import inner, kernel
-from dcn_kernels.cpu.roi_lanes import LANES, grid_argmax, grid_max, rect_add, rect_sum
+from dcn_kernels.cpu.roi_lanes import LANES, SLABS, grid_argmax, grid_max, grid_maxima, rect_add, rect_sum
 from dcn_kernels.cpu.roi_mean import (
     Plan,
     array,
     buffers,
+    expect,
     extent,
     load_block,
     load_pooled,
@@ -27,8 +29,10 @@ from dcn_kernels.cpu.roi_mean import (
     mean_backward,
     plan,
     score_map,
+    slabs_of,
     store_block,
     store_pooled,
+    turn_out,
 )
 from dcn_kernels.cpu.slabs import load_pixels
 from dcn_kernels.cpu.threads import barrier, claim, run
@@ -58,7 +62,12 @@ def max_worker(  # type: ignore[no-untyped-def]
     zero, itemsize = constants.dtype.type(0), constants.itemsize
     block, to = staged.shape[0] // threads * thread, pooled.shape[0] // threads * thread
     edge, line_at = edges.shape[0] // threads * thread, line.shape[0] // threads * thread
-    found = where.shape[0] // threads * thread
+    run, where0 = LANES * itemsize, where.ctypes.data + where.shape[0] // threads * thread * 8
+    map0, pooled0, argmax0 = (
+        staged.ctypes.data + block * itemsize,
+        pooled.ctypes.data + to * itemsize,
+        argmax.ctypes.data,
+    )
     item = claim(sync)
     while item < images * units.shape[0] * s.chunks:
         unit = item // (images * s.chunks)
@@ -71,30 +80,38 @@ def max_worker(  # type: ignore[no-untyped-def]
         for t in range(low, high):
             r = order[t]
             find_edges(s, rois, r, constants[0], edges, edge)
-            for j in range((count + LANES - 1) // LANES):
-                x = staged.ctypes.data + (block + j * pixels * LANES) * itemsize
+            expect(out, r, c0, count)
+            slabs, j = slabs_of(count), 0
+            while j < slabs:
+                several = SLABS if j + SLABS <= slabs and not with_argmax else 1
                 for ph in range(s.PH):
                     top, bottom = edges[edge + 2 * ph], edges[edge + 2 * ph + 1]
                     for pw in range(s.PW):
                         columns = edge + 2 * (s.PH + pw)
                         left, right = edges[columns], edges[columns + 1]
                         b = ph * s.PW + pw
-                        held = to + (j * bins + b) * LANES
+                        held, x = pooled0 + (j * bins + b) * run, map0 + j * pixels * run
                         if bottom <= top or right <= left:
+                            for k in range(several):
+                                for l in range(LANES):
+                                    poke(held + k * bins * run + l * itemsize, zero)
                             for l in range(LANES):
-                                pooled[held + l] = zero
-                                where[found + b * LANES + l] = -1
+                                poke(where0 + (b * LANES + l) * 8, np.int64(-1))
                         elif with_argmax:
-                            grid_argmax(
-                                zero, pooled.ctypes.data + held * itemsize,
-                                where.ctypes.data + (found + b * LANES) * 8, x, s.W, top, bottom, left, right,
-                            )  # fmt: skip
+                            grid_argmax(zero, held, where0 + b * LANES * 8, x, s.W, top, bottom, left, right)
+                        elif several == 1:
+                            grid_max(zero, held, bins * run, x, pixels * run, s.W, top, bottom, left, right)
                         else:
-                            grid_max(zero, pooled.ctypes.data + held * itemsize, 0, x, s.W, top, bottom, left, right)
+                            grid_maxima(zero, held, bins * run, x, pixels * run, s.W, top, bottom, left, right)
                 if with_argmax:
-                    for l in range(min(LANES, count - j * LANES)):
-                        for b in range(bins):
-                            argmax[r, c0 + j * LANES + l, b] = where[found + b * LANES + l]
+                    at = argmax0 + (r * s.C + c0 + j * LANES) * bins * 8
+                    if j * LANES + LANES <= count:
+                        turn_out(0.0, 8, where0, bins, at, bins * 8)  # of 8 bytes each, whatever they mean
+                    else:
+                        for l in range(count - j * LANES):
+                            for b in range(bins):
+                                poke(at + (l * bins + b) * 8, peek(r, where0 + (b * LANES + l) * 8))
+                j += several
             store_pooled(s, pooled, to, r, c0, count, out, line, line_at)
         item = claim(sync)
 
@@ -108,7 +125,9 @@ def max_backward_worker(  # type: ignore[no-untyped-def]
     zero, itemsize = constants.dtype.type(0), constants.itemsize
     block, size = staged.shape[0] // threads * thread, staged.shape[0] // threads
     held, edge = pooled.shape[0] // threads * thread, edges.shape[0] // threads * thread
-    found, line_at = where.shape[0] // threads * thread, line.shape[0] // threads * thread
+    line_at, where0 = line.shape[0] // threads * thread, where.ctypes.data + where.shape[0] // threads * thread * 8
+    run, pooled0 = LANES * itemsize, pooled.ctypes.data + held * itemsize
+    map0, grad0 = staged.ctypes.data + block * itemsize, grad_staged.ctypes.data + block * itemsize
     unused = line.ctypes.data + line_at * itemsize  # where the maximum itself goes
     item = claim(sync)
     while item < images * units.shape[0]:
@@ -122,19 +141,21 @@ def max_backward_worker(  # type: ignore[no-untyped-def]
             r = order[t]
             find_edges(s, rois, r, constants[0], edges, edge)
             load_pooled(s, grad, r, c0, count, pooled, held, line, line_at)
-            for j in range((count + LANES - 1) // LANES):
-                slab = block + j * pixels * LANES
+            if t + 1 < first_of[n + 1]:
+                expect(grad, order[t + 1], c0, count)
+            for j in range(slabs_of(count)):
+                x, target = map0 + j * pixels * run, grad0 + j * pixels * run
                 for ph in range(s.PH):
                     top, bottom = edges[edge + 2 * ph], edges[edge + 2 * ph + 1]
                     for pw in range(s.PW):
                         columns = edge + 2 * (s.PH + pw)
                         left, right = edges[columns], edges[columns + 1]
                         if bottom > top and right > left:
-                            x = staged.ctypes.data + slab * itemsize
-                            grid_argmax(zero, unused, where.ctypes.data + found * 8, x, s.W, top, bottom, left, right)
-                            b = held + (j * bins + ph * s.PW + pw) * LANES
+                            grid_argmax(zero, unused, where0, x, s.W, top, bottom, left, right)
+                            g = pooled0 + (j * bins + ph * s.PW + pw) * run
                             for l in range(LANES):
-                                grad_staged[slab + where[found + l] * LANES + l] += pooled[b + l]
+                                place = target + peek(r, where0 + l * 8) * run + l * itemsize
+                                poke(place, peek(zero, place) + peek(zero, g + l * itemsize))
         if first_of[n + 1] > first_of[n]:
             store_block(s, grad_staged, block, n, c0, count, grad_input, line, line_at)
         item = claim(sync)
@@ -147,7 +168,9 @@ def argmax_backward_worker(  # type: ignore[no-untyped-def]
     """With a given argmax; wrong[thread] becomes an index that is no pixel's, if there is one."""
     images, bins, pixels = first_of.shape[0] - 1, s.PH * s.PW, s.H * s.W
     block, size = grad_staged.shape[0] // threads * thread, grad_staged.shape[0] // threads
-    held = pooled.shape[0] // threads * thread
+    held, itemsize, argmax0 = pooled.shape[0] // threads * thread, pooled.itemsize, argmax.ctypes.data
+    pooled0, grad0 = pooled.ctypes.data + held * itemsize, grad_staged.ctypes.data + block * itemsize
+    plain = grad.kind == (F32 if itemsize == 4 else F64) and grad.s3 == itemsize and grad.s2 == s.PW * itemsize
     item = claim(sync)
     while item < images * units.shape[0]:
         unit, n = item // images, item % images
@@ -157,17 +180,34 @@ def argmax_backward_worker(  # type: ignore[no-untyped-def]
                 grad_staged[i] = grad_staged.dtype.type(0)
             for t in range(first_of[n], first_of[n + 1]):
                 r = order[t]
+                if t + 1 < first_of[n + 1]:
+                    expect(grad, order[t + 1], c0, count)
+                    fetch_run(argmax0 + (order[t + 1] * s.C + c0) * bins * 8, count * bins * 8)
                 for c in range(count):
-                    base = grad.address + r * grad.s0 + (c0 + c) * grad.s1
-                    load_pixels(pooled, held, base, grad, s.PW, 0, bins)
-                    for b in range(bins):
-                        at = argmax[r, c0 + c, b]
-                        if 0 <= at < pixels:
-                            grad_staged[block + c * pixels + at] += pooled[held + b]
-                        elif at != -1:
-                            wrong[thread] = at
+                    g = grad.address + r * grad.s0 + (c0 + c) * grad.s1
+                    if not plain:
+                        load_pixels(pooled, held, g, grad, s.PW, 0, bins)
+                        g = pooled0
+                    plane, places = grad0 + c * pixels * itemsize, argmax0 + (r * s.C + c0 + c) * bins * 8
+                    bad = add_at(pooled[0], itemsize, g, places, bins, plane, pixels)
+                    if bad != -1:
+                        wrong[thread] = bad
             store_block(s, grad_staged, block, n, c0, count, grad_input, pooled, held)
         item = claim(sync)
+
+
+@inner
+def add_at(like, itemsize, values, places, count, plane, pixels):  # type: ignore[no-untyped-def]
+    """plane[places[i]] += values[i], all addresses; returns a place that is no pixel's and not -1, or -1."""
+    bad = np.int64(-1)
+    for i in range(count):
+        at = peek(count, places + i * 8)
+        if 0 <= at < pixels:
+            place = plane + at * itemsize
+            poke(place, peek(like, place) + peek(like, values + i * itemsize))
+        elif at != -1:
+            bad = at
+    return bad
 
 
 # ---------------------------------------------------------------- means over pixels of score maps
@@ -184,7 +224,7 @@ def rect_worker(  # type: ignore[no-untyped-def]
     source = planes if s.direct else staged
     at = source.shape[0] // threads * thread
     to, line_at = pooled.shape[0] // threads * thread, line.shape[0] // threads * thread
-    per_roi = edges.shape[0] // rois.shape[0]
+    per_roi, map0, pooled0 = edges.shape[0] // rois.shape[0], source.ctypes.data, pooled.ctypes.data + to * itemsize
     item = claim(sync)
     while item < images * units.shape[0] * s.chunks:
         unit = item // (images * s.chunks)
@@ -207,12 +247,11 @@ def rect_worker(  # type: ignore[no-untyped-def]
                     plane = at + score_map(s, ph, pw) * pixels + top * s.W + left
                     number = (bottom - top) * (right - left)
                     share = one / constants.dtype.type(max(number, 1))
+                    first, step = map0 + plane * itemsize, maps * pixels * itemsize
+                    place = pooled0 + (ph * s.PW + pw) * itemsize
                     for c in range(count):
-                        total = zero
-                        if number:
-                            first = source.ctypes.data + (plane + c * maps * pixels) * itemsize
-                            total = rect_sum(zero, first, s.W, bottom - top, right - left) * share
-                        pooled[to + c * bins + ph * s.PW + pw] = total
+                        total = rect_sum(zero, first + c * step, s.W, bottom - top, right - left) if number else zero
+                        poke(place + c * bins * itemsize, total * share)
             store_pooled(s, pooled, to, r, c0, count, out, line, line_at)
         item = claim(sync)
 
@@ -228,7 +267,7 @@ def rect_backward_worker(  # type: ignore[no-untyped-def]
     target = grad_planes if s.direct else grad_staged
     at, size = target.shape[0] // threads * thread, target.shape[0] // threads
     held, line_at = pooled.shape[0] // threads * thread, line.shape[0] // threads * thread
-    per_roi = edges.shape[0] // rois.shape[0]
+    per_roi, map0, pooled0 = edges.shape[0] // rois.shape[0], target.ctypes.data, pooled.ctypes.data + held * itemsize
     item = claim(sync)
     while item < images * units.shape[0]:
         unit, n = item // images, item % images
@@ -243,6 +282,8 @@ def rect_backward_worker(  # type: ignore[no-untyped-def]
             r = order[t]
             edge = r * per_roi
             load_pooled(s, grad, r, c0, count, pooled, held, line, line_at)
+            if t + 1 < first_of[n + 1]:
+                expect(grad, order[t + 1], c0, count)
             for ph in range(s.PH):
                 top, bottom = edges[edge + 2 * ph], edges[edge + 2 * ph + 1]
                 for pw in range(s.PW):
@@ -251,10 +292,11 @@ def rect_backward_worker(  # type: ignore[no-untyped-def]
                     plane = at + score_map(s, ph, pw) * pixels + top * s.W + left
                     number = (bottom - top) * (right - left)
                     share = one / constants.dtype.type(max(number, 1))
+                    first, step = map0 + plane * itemsize, maps * pixels * itemsize
+                    place = pooled0 + (ph * s.PW + pw) * itemsize
                     for c in range(count if number else 0):
-                        first = target.ctypes.data + (plane + c * maps * pixels) * itemsize
-                        value = pooled[held + c * bins + ph * s.PW + pw] * share
-                        rect_add(value, first, s.W, bottom - top, right - left)
+                        value = peek(zero, place + c * bins * itemsize) * share
+                        rect_add(value, first + c * step, s.W, bottom - top, right - left)
         if some and not s.direct:
             store_block(s, target, at, n, c0, count, grad_input, line, line_at)
         item = claim(sync)
