@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -279,7 +278,7 @@ def layers_command(as_json: bool) -> None:
     known = {name: layer for name, layer in layers.LAYERS.items() if layer["op"] in OPS}
     if as_json:
         shown = {name: {k: v for k, v in layer.items() if k != "given"} for name, layer in known.items()}
-        console.say(json.dumps(shown, indent=1))
+        console.say_json(shown)
     else:
         _list_layers(known)
 
@@ -310,7 +309,7 @@ def env_command(as_json: bool) -> None:
         "hints": environment.hints(),
     }
     if as_json:
-        console.say(json.dumps(found, indent=1))
+        console.say_json(found)
         return
     rows = []
     for section, value in found.items():
@@ -349,7 +348,7 @@ def compare(old: str, new: str, fail_above: float | None, as_json: bool) -> None
         console.fail("the records have no row in common", console.FAILED)
     failed = [row for row in rows if fail_above and row["verdict"] == "slower" and row["ratio"] > fail_above]
     if as_json:
-        console.say(json.dumps({"rows": rows, "warnings": warnings, "failed": len(failed)}, indent=1))
+        console.say_json({"rows": rows, "warnings": warnings, "failed": len(failed)})
     else:
         columns = [
             "layer",

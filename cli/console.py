@@ -37,6 +37,21 @@ def say(text: str) -> None:
     print(text)
 
 
+def say_json(value: Any) -> None:
+    """A result on stdout as JSON; numbers that are infinite or undefined, which JSON has not, as null."""
+    import json
+    import math
+
+    def plain(item: Any) -> Any:
+        if isinstance(item, dict):
+            return {key: plain(inner) for key, inner in item.items()}
+        if isinstance(item, (list, tuple)):
+            return [plain(inner) for inner in item]
+        return None if isinstance(item, float) and not math.isfinite(item) else item
+
+    say(json.dumps(plain(value), indent=1, allow_nan=False))
+
+
 _COLOURS = {
     "PASS": "green",
     "FAIL": "bold red",

@@ -64,8 +64,12 @@ def sampling(
 ) -> None:
     """Show where deformable filters look: a picture of their sampling points, and numbers of each layer's offsets.
 
-    The numbers: mean and spread of the effective dilation (Table 2 of the paper), how many points leave the input,
-    NaNs and infinities, and how far points move, in pixels of the layer's input.
+    The numbers: mean and spread of the effective dilation (Table 2 of the paper) of the filters whose offsets are all
+    finite, and how many are not; how many points touch no pixel of the input, NaNs and infinities, and how far points
+    move, in pixels of the layer's input.
+
+    In the picture the frame is where a filter reads something: points beyond it are outside. A point of an upper
+    layer is followed to the nearest filter beneath; where there is none, the points below it are called cut off.
 
     \b
     Examples:
@@ -88,37 +92,48 @@ def sampling(
             console.fail("a picture needs matplotlib: pip install 'dcn-kernels[plot]'")
     elif image or units:
         console.fail("--image and --at belong to a picture: expected -o FILE.png")
-    photograph = None
+    photograph, caption = None, ""
     if demo:
         from dcn_kernels import sampling_picture
 
         photograph, layers, chosen = sampling_picture.demo()
-        units, names = units or chosen, ["layer 1", "layer 2", "layer 3"]
+        units, names, caption = units or chosen, ["layer 1", "layer 2", "layer 3"], sampling_picture.SYNTHETIC
         console.note(f"--demo: {sampling_picture.DEMO}")
     else:
         if padding is None:
             padding = tuple(d * (k - 1) // 2 for d, k in zip(dilation, kernel, strict=True))  # type: ignore[assignment]
         same = {"kernel_size": kernel, "stride": stride, "padding": padding, "dilation": dilation}
         layers = [{"offset": _array(path), **same} for path in offsets]
-        names = [Path(path).stem for path in offsets]
+        names = _names(offsets)
+    if image:
+        photograph = _picture(image)
     sizes = _sizes(layers, input_size)
     _numbers(names, layers, sizes, as_json)
     if not output:
         return
-    if image:
-        photograph = _picture(image)
     from dcn_kernels import sampling_picture
 
     if not units:
         OH, OW = layers[-1]["offset"].shape[2:]
         units = [(OH // 2, OW // 2)]
     try:
-        kind = Path(output).suffix[1:]
-        drawn = sampling_picture.draw(layers, units, photograph, sizes[0], kind, index=index, group=group)
+        drawn = sampling_picture.draw(
+            layers, units, photograph, sizes[0],
+            names=names, caption=caption, index=index, group=group, kind=Path(output).suffix[1:],
+        )  # fmt: skip
     except ValueError as error:
         console.fail(str(error))
     console.write_bytes(output, drawn)
     console.note(f"saved {output}")
+
+
+def _names(paths: tuple[str, ...]) -> list[str]:
+    """What the layers are called: the files' stems, or their paths where different files have the same stem."""
+    stems = [Path(path).stem for path in paths]
+    return [
+        path if len({other for other, same in zip(paths, stems, strict=True) if same == stem}) > 1 else stem
+        for path, stem in zip(paths, stems, strict=True)
+    ]
 
 
 def _array(path: str) -> Any:
@@ -163,30 +178,28 @@ def _as_pair(value: Any) -> tuple[int, int]:
 
 def _numbers(names: list[str], layers: list[dict[str, Any]], sizes: list[tuple[int, int]], as_json: bool) -> None:
     """A row for each layer on stdout."""
-    import json
-
     from dcn_kernels import effective_dilation, offset_statistics
+    from dcn_kernels.dilation_classes import mean_and_spread
 
-    rows: dict[str, dict[str, Any]] = {}
+    rows: list[dict[str, Any]] = []
     for name, layer, size in zip(names, layers, sizes, strict=True):
         try:
             found = offset_statistics(input_size=size, **layer, quantiles=(0.5, 0.95, 1.0))
             if _as_pair(layer["kernel_size"]) != (1, 1):
-                dilations = effective_dilation(**layer)
-                found["effective_dilation"] = {"mean": float(dilations.mean()), "std": float(dilations.std())}
+                found["effective_dilation"] = mean_and_spread(effective_dilation(**layer))
         except (ValueError, TypeError) as error:
             console.fail(f"{name}: {error}")
-        rows[name] = found
+        rows.append({"layer": name, **found})
     if as_json:
-        console.say(json.dumps(rows, indent=1))
+        console.say_json(rows)
         return
-    columns = ["layer", "effective dilation", "outside", "without offsets", "NaN", "infinite", "median length", "95 %",
-               "longest"]  # fmt: skip
+    columns = ["layer", "effective dilation", "filters not finite", "outside", "without offsets", "NaN points",
+               "infinite points", "median length", "95 %", "longest"]  # fmt: skip
     cells = []
-    for name, found in rows.items():
+    for found in rows:
         of = found.get("effective_dilation")
-        spread = f"{of['mean']:.2f} +- {of['std']:.2f}" if of else ""
+        spread = [f"{of['mean']:.2f} +- {of['std']:.2f}", str(of["not_finite"])] if of else ["", ""]
         shares = [f"{100 * found[key]:.1f} %" for key in ("outside", "outside_without_offsets")]
         lengths = [f"{length:.2f}" for length in found["length"].values()]
-        cells.append([name, spread, *shares, str(found["nan"]), str(found["infinite"]), *lengths])
+        cells.append([found["layer"], *spread, *shares, str(found["nan"]), str(found["infinite"]), *lengths])
     console.table("", columns, cells, right=columns[1:])

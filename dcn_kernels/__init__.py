@@ -13,11 +13,11 @@ from dcn_kernels.deform_roi_pool import (
 )
 from dcn_kernels.deformation import (
     effective_dilation,
-    effective_dilation_by_class,
     offset_statistics,
     sampling_points,
     stacked_sampling_points,
 )
+from dcn_kernels.dilation_classes import effective_dilation_by_class
 from dcn_kernels.offset_sample import offset_sample2d, offset_sample2d_backward
 from dcn_kernels.registry import OPS
 from dcn_kernels.roi_bins import deform_ps_roi_bins, deform_roi_bins

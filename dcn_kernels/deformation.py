@@ -14,11 +14,10 @@ import numpy as np
 from dcn_kernels import shapes
 from dcn_kernels.arrays import Taken, taken_in
 
-CLASSES = ("small", "medium", "large", "background")
 _NAMED = "N 2*OG*K OH OW"
 
 
-class _Filter(NamedTuple):
+class Filter(NamedTuple):
     """The parameters of a filter, as pairs (h, w)."""
 
     kernel: tuple[int, int]
@@ -32,8 +31,9 @@ class _Filter(NamedTuple):
         return np.arange(self.kernel[axis])[:, None] * self.dilation[axis] + start
 
 
-def _filter(name: str, kernel_size: Any, stride: Any, padding: Any, dilation: Any) -> _Filter:
-    return _Filter(
+def make_filter(name: str, kernel_size: Any, stride: Any, padding: Any, dilation: Any) -> Filter:
+    """The parameters as a caller gives them, checked; `name` is the caller's."""
+    return Filter(
         shapes.pair(name, "kernel_size", kernel_size, 1),
         shapes.pair(name, "stride", stride, 1),
         shapes.pair(name, "padding", padding, 0),
@@ -62,7 +62,7 @@ def _by_tap(name: str, offset: Any, kernel: tuple[int, int], argument: str = "of
     return as_coordinates(name, argument, offset).reshape(N, channels // (2 * taps), *kernel, 2, OH, OW)
 
 
-def _positions(xp: Any, by_tap: Any, filter: _Filter) -> Any:
+def _positions(xp: Any, by_tap: Any, filter: Filter) -> Any:
     """The offset moved to where each tap samples, (N, OG, KH, KW, 2, OH, OW)."""
     rows = xp.asarray(filter.regular(0, by_tap.shape[5]), by_tap.dtype)
     columns = xp.asarray(filter.regular(1, by_tap.shape[6]), by_tap.dtype)
@@ -128,7 +128,7 @@ def sampling_points(
            [1. , 3. ]], dtype=float32)
     """
     name = "sampling_points"
-    filter = _filter(name, kernel_size, stride, padding, dilation)
+    filter = make_filter(name, kernel_size, stride, padding, dilation)
     with taken_in(name, {"offset": offset}, None, None) as taken:
         by_tap = _by_tap(name, taken.arrays["offset"], filter.kernel)
         points = _positions(library(taken), by_tap, filter)
@@ -204,7 +204,7 @@ def stacked_sampling_points(
                 f"{name}: layers[{number}]: expected offset, kernel_size and perhaps stride, padding, dilation, "
                 f"got {', '.join(layer)}"
             )
-        filters.append(_filter(name, **{key: layer.get(key, default) for key, default in _LAYER.items()}))
+        filters.append(make_filter(name, **{key: layer.get(key, default) for key, default in _LAYER.items()}))
     offsets = {f"layers[{number}].offset": layer["offset"] for number, layer in enumerate(layers)}
     with taken_in(name, offsets, None, None) as taken:
         xp, fields = library(taken), []
@@ -279,132 +279,28 @@ def effective_dilation(
     2.039
     """
     name = "effective_dilation"
-    filter = _filter(name, kernel_size, stride, padding, dilation)
-    _check_neighbours(name, filter)
+    filter = make_filter(name, kernel_size, stride, padding, dilation)
+    check_neighbours(name, filter)
     with taken_in(name, {"offset": offset}, None, None) as taken:
-        by_tap = _by_tap(name, taken.arrays["offset"], filter.kernel)
-        return taken.give(_effective_dilation(library(taken), by_tap, filter))
+        return taken.give(mean_distances(library(taken), name, taken.arrays["offset"], filter))
 
 
-def _check_neighbours(name: str, filter: _Filter) -> None:
+def check_neighbours(name: str, filter: Filter) -> None:
+    """A 1x1 kernel has no effective dilation."""
     if filter.kernel == (1, 1):
         raise ValueError(f"{name}: kernel_size: expected a kernel with neighbouring taps, got {filter.kernel}")
 
 
-def _effective_dilation(xp: Any, by_tap: Any, filter: _Filter) -> Any:
+def mean_distances(xp: Any, name: str, offset: Any, filter: Filter) -> Any:
+    """The effective dilations (N, OG, OH, OW) of an array that has been taken in."""
+    by_tap = _by_tap(name, offset, filter.kernel)
     (KH, KW), (dy, dx) = filter.kernel, filter.dilation
-    down = by_tap[:, :, 1:] - by_tap[:, :, :-1]
-    right = by_tap[:, :, :, 1:] - by_tap[:, :, :, :-1]
-    total = xp.hypot(down[:, :, :, :, 0] + dy, down[:, :, :, :, 1]).sum(axis=(2, 3))
-    total += xp.hypot(right[:, :, :, :, 0], right[:, :, :, :, 1] + dx).sum(axis=(2, 3))
+    with np.errstate(invalid="ignore", over="ignore"):  # infinite offsets, and such whose squares are
+        down = by_tap[:, :, 1:] - by_tap[:, :, :-1]
+        right = by_tap[:, :, :, 1:] - by_tap[:, :, :, :-1]
+        total = xp.hypot(down[:, :, :, :, 0] + dy, down[:, :, :, :, 1]).sum(axis=(2, 3))
+        total += xp.hypot(right[:, :, :, :, 0], right[:, :, :, :, 1] + dx).sum(axis=(2, 3))
     return total / by_tap.dtype.type((KH - 1) * KW + KH * (KW - 1))
-
-
-def effective_dilation_by_class(
-    offset: Any,
-    boxes: Any,
-    kernel_size: int | tuple[int, int],
-    stride: int | tuple[int, int] = 1,
-    padding: int | tuple[int, int] = 0,
-    dilation: int | tuple[int, int] = 1,
-    *,
-    spatial_scale: float = 1.0,
-    areas: tuple[float, float] = (32.0**2, 96.0**2),
-) -> dict[str, dict[str, float]]:
-    """Mean and spread of the effective dilation of filters on small, medium and large objects and on background.
-
-    A filter belongs to the smallest box that its centre lies in, and to the background where there is none.
-
-    Parameters
-    ----------
-    offset : array (N, 2*OG*K, OH, OW)
-        As `deform_conv2d` takes it.
-    boxes : array (B, 5)
-        Of objects: image of the batch, x1, y1, x2, y2 in image coordinates, edges included, like the `rois` of the
-        RoI operators. Of the offset's framework.
-    kernel_size, stride, padding, dilation : int or (h, w)
-        Those of the layer.
-    spatial_scale : float
-        From image coordinates to the layer's input: 1/16 for a map of stride 16.
-    areas : (a, b)
-        In image pixels: below `a` an object is small, from `b` on large. The default is COCO's.
-
-    Returns
-    -------
-    dict
-        For "small", "medium", "large" and "background": ``mean`` and ``std`` (of the population) in pixels of the
-        layer's input, and ``filters``, their number, each offset group being a filter. NaN for a class of no filters.
-
-    Raises
-    ------
-    ValueError
-        A shape or value does not fit; boxes that are not finite or of no image.
-    TypeError
-        Not arrays, or of two frameworks or devices.
-
-    Notes
-    -----
-    Table 2 of arXiv 1703.06211. The paper tells neither the sizes that it calls small, medium and large nor what
-    overlapping boxes do: COCO's sizes and the smallest box are this library's choices. A NaN offset makes its class's
-    mean NaN; `offset_statistics` counts them.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from dcn_kernels import effective_dilation_by_class
-    >>> offset = np.zeros((1, 18, 4, 4))
-    >>> boxes = np.array([[0, 0, 0, 16, 16.0]])  # covers the centres of 2x2 filters of a map of stride 16
-    >>> found = effective_dilation_by_class(offset, boxes, 3, padding=2, dilation=2, spatial_scale=1 / 16)
-    >>> found["small"]
-    {'mean': 2.0, 'std': 0.0, 'filters': 4}
-    >>> found["background"]["filters"]
-    12
-    """
-    name = "effective_dilation_by_class"
-    filter = _filter(name, kernel_size, stride, padding, dilation)
-    _check_neighbours(name, filter)
-    scale = shapes.number(name, "spatial_scale", spatial_scale, positive=True)
-    if not isinstance(areas, (tuple, list)) or len(areas) != 2 or not 0 <= areas[0] <= areas[1]:
-        raise ValueError(f"{name}: areas: expected a pair (a, b) with 0 <= a <= b, got {areas!r}")
-    with taken_in(name, {"offset": offset, "boxes": boxes}, None, None) as taken:
-        by_tap = _by_tap(name, taken.arrays["offset"], filter.kernel)
-        dilations = _host(_effective_dilation(library(taken), by_tap, filter))
-        found = _host(taken.arrays["boxes"])
-    N, _, OH, OW = dilations.shape
-    if found.ndim != 2 or found.shape[1] != 5:
-        raise shapes.shape_error(name, "boxes", "B 5", {}, found.shape)
-    found = found.astype(np.float64)
-    known = np.isfinite(found).all(axis=1) & np.isin(found[:, 0], np.arange(N))
-    if not known.all():
-        row = int(np.argmin(known))
-        raise ValueError(
-            f"{name}: boxes: expected finite numbers and batch indices among 0..N-1, N = {N}, "
-            f"got {found[row].tolist()} in row {row}"
-        )
-    centres = [filter.regular(axis, length).mean(axis=0) / scale for axis, length in enumerate((OH, OW))]
-    labels = _labels(found, centres, N, areas)
-    classes = {}
-    for number, label in enumerate(CLASSES):
-        of_class = np.moveaxis(dilations, 1, -1)[labels == number].astype(np.float64)
-        mean, std = (of_class.mean(), of_class.std()) if of_class.size else (np.nan, np.nan)
-        classes[label] = {"mean": float(mean), "std": float(std), "filters": of_class.size}
-    return classes
-
-
-def _labels(boxes: np.ndarray, centres: list[np.ndarray], N: int, areas: Sequence[float]) -> np.ndarray:
-    """(N, OH, OW) indices of `CLASSES`; `centres` are the filters' rows and columns in the image."""
-    y, x = centres
-    labels = np.full((N, len(y), len(x)), CLASSES.index("background"))
-    sizes = np.maximum(boxes[:, 3] - boxes[:, 1], 0) * np.maximum(boxes[:, 4] - boxes[:, 2], 0)
-    for b in np.argsort(-sizes, kind="stable"):  # the smallest last, over those that it lies in
-        image, x1, y1, x2, y2 = boxes[b]
-        inside = ((y >= y1) & (y <= y2))[:, None] & ((x >= x1) & (x <= x2))
-        labels[int(image)][inside] = int(np.searchsorted(areas, sizes[b], side="right"))
-    return labels
-
-
-def _host(array: Any) -> np.ndarray:
-    return array.get() if hasattr(array, "get") else array
 
 
 # ---------------------------------------------------------------- statistics
@@ -460,7 +356,7 @@ def offset_statistics(
     (0.25, {0.5: 0.0, 1.0: 5.0})
     """
     name = "offset_statistics"
-    filter = _filter(name, kernel_size, stride, padding, dilation)
+    filter = make_filter(name, kernel_size, stride, padding, dilation)
     H, W = shapes.pair(name, "input_size", input_size, 1)
     levels = [shapes.number(name, "quantiles", level) for level in quantiles]
     if not all(0 <= level <= 1 for level in levels):
@@ -480,25 +376,27 @@ def offset_statistics(
         moved = _positions(xp, by_tap, filter)
         regular = _positions(xp, xp.zeros_like(by_tap[:1, :1]), filter)
         finite = xp.isfinite(by_tap).all(axis=4)
-        length = xp.hypot(by_tap[:, :, :, :, 0], by_tap[:, :, :, :, 1])[finite]
+        # in float64, where the squares of exploding float32 offsets are finite
+        length = xp.hypot(*(by_tap[:, :, :, :, i][finite].astype("float64") for i in range(2)))
         is_nan = xp.isnan(by_tap).any(axis=4)
         found = {
             "points": points,
-            "outside": _share(_outside(moved, H, W) & ~is_nan),
-            "outside_without_offsets": _share(_outside(regular, H, W)) if points else np.nan,
+            "outside": _share(outside(moved, (H, W), 4)),
+            "outside_without_offsets": _share(outside(regular, (H, W), 4)) if points else np.nan,
             "nan": int(is_nan.sum()),
             "infinite": int(xp.isinf(by_tap).any(axis=4).sum()),
         }
         if not length.size:
             return found | {"mean_length": np.nan, "length": dict.fromkeys(levels, np.nan)}
-        found["mean_length"] = float(length.mean(dtype="float64"))
+        found["mean_length"] = float(length.mean())
         found["length"] = {level: float(xp.quantile(length, level)) for level in levels}
         return found
 
 
-def _outside(points: Any, H: int, W: int) -> Any:
-    y, x = points[:, :, :, :, 0], points[:, :, :, :, 1]
-    return (y <= -1) | (y >= H) | (x <= -1) | (x >= W)
+def outside(points: Any, size: tuple[int, int], axis: int) -> Any:
+    """Which points touch no pixel of (H, W); `axis` is that of (y, x). Not those of NaN."""
+    y, x = (points.take(i, axis=axis) for i in range(2))
+    return ((y <= -1) | (y >= size[0]) | (x <= -1) | (x >= size[1])) & (y == y) & (x == x)
 
 
 def _share(flags: Any) -> float:

@@ -38,7 +38,8 @@ def deform_roi_bins(
     -------
     array (R, PH, PW, 4)
         x1, y1, x2, y2 of each bin in pixels of the map, where pixel p covers [p - 0.5, p + 0.5], in float32 (float64
-        for float64 RoIs); (v + 0.5) / `spatial_scale` is a position in the image.
+        for float64 RoIs). Position v of the map is (v + 0.5) / `spatial_scale` in the image, whose pixel p covers
+        [p, p + 1]; `effective_dilation_by_class` and the picture of `dcn-bench sampling` say the same.
 
     Raises
     ------

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
-import numpy as np
 import pytest
 from click.testing import CliRunner
 from dcn_kernels.cli.bench import main
@@ -101,78 +99,3 @@ def test_cost_json_adds_up() -> None:
     assert sum(row["share_of_added"] for row in offsets) == pytest.approx(1)
     added = found["deformable"]["parameters"] - found["plain"]["parameters"]
     assert sum(row["parameters"] for row in offsets) == added == 2_458_786
-
-
-# ---------------------------------------------------------------- dcn-bench sampling
-
-
-def test_sampling_prints_the_numbers_of_each_layer(tmp_path: Path) -> None:
-    offset = np.zeros((1, 18, 5, 6), np.float32)
-    np.save(tmp_path / "zero.npy", offset)
-    offset[0, 0, 0, 0] = np.nan
-    offset[0, 2, 1, 1] = np.inf
-    np.save(tmp_path / "bad.npy", offset)
-    command = ["sampling", "--offset", str(tmp_path / "zero.npy"), "--offset", str(tmp_path / "bad.npy")]
-    result = CliRunner().invoke(main, [*command, "--dilation", "2", "--json"])
-    assert result.exit_code == 0, result.output
-    found = json.loads(result.stdout)
-    assert found["zero"]["effective_dilation"] == {"mean": 2.0, "std": 0.0}
-    assert found["zero"]["outside"] == found["zero"]["outside_without_offsets"] > 0
-    assert found["bad"]["nan"] == 1 and found["bad"]["infinite"] == 1
-    assert "2.00 +- 0.00" in CliRunner().invoke(main, [*command, "--dilation", "2"]).stdout
-
-
-def test_sampling_draws_the_demonstration_800_pixels_wide(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    from PIL import Image
-
-    path = tmp_path / "demo.png"
-    result = CliRunner().invoke(main, ["sampling", "--demo", "-o", str(path)])
-    assert result.exit_code == 0, result.output
-    assert "synthetic offsets, not of a trained network" in result.stderr
-    assert path.stat().st_size < 300_000
-    with Image.open(path) as picture:
-        assert picture.width == 800
-        colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 20)}
-    assert len(colours) > 20
-
-
-def test_sampling_draws_own_offsets_over_an_image(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    from PIL import Image
-
-    np.save(tmp_path / "o.npy", np.random.default_rng(0).standard_normal((2, 36, 8, 9)))
-    Image.fromarray(np.full((80, 90, 3), 200, np.uint8)).save(tmp_path / "image.png")
-    command = ["sampling", "--offset", str(tmp_path / "o.npy"), "--image", str(tmp_path / "image.png")]
-    for name in ("points.png", "points.svg"):
-        more = ["--at", "3,4", "--at", "0,0", "--group", "1", "--index", "1", "-o", str(tmp_path / name)]
-        result = CliRunner().invoke(main, [*command, *more])
-        assert result.exit_code == 0, result.output
-        assert (tmp_path / name).stat().st_size > 1000
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "expected either --offset or --demo"),
-        (["--demo"], "expected -o FILE.png"),
-        (["--offset", "nothing.npy"], "cannot read nothing.npy: No such file"),
-        (["--offset", "o.npy", "--at", "1,1"], "--image and --at belong to a picture"),
-        (["--offset", "o.npy", "--kernel", "5"], r"o: offset_statistics: offset: expected shape (N, 2*OG*K, OH, OW)"),
-        (["--offset", "o.npy", "-o", "x.bmp"], "expected a name that ends in .png, .svg, .pdf"),
-        (["--offset", "o.npy", "-o", "x.png", "--at", "9,9"], "at: expected a position within (OH, OW) = (4, 4)"),
-        (["--offset", "flat.npy"], "flat.npy: expected one array (N, 2*OG*K, OH, OW), got (3,)"),
-        (["--offset", "o.npy", "--kernel", "3by3"], "expected a whole number or HxW, got '3by3'"),
-    ],
-)
-def test_wrong_use_is_one_line_and_exit_code_2(
-    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("matplotlib")
-    monkeypatch.chdir(tmp_path)
-    np.save("o.npy", np.zeros((1, 18, 4, 4)))
-    np.save("flat.npy", np.zeros(3))
-    result = CliRunner().invoke(main, ["sampling", *arguments])
-    assert result.exit_code == 2, result.output
-    assert message in result.stderr
-    assert "Traceback" not in result.output

@@ -163,14 +163,18 @@ def _stretched(shape: tuple[int, int, int], stretch: np.ndarray) -> np.ndarray:
 
 
 def test_classes_by_hand() -> None:
-    """A map of 4x8 units of stride 10: a small box in a large one, a medium one in the second image."""
+    """A map of 4x8 units of stride 10: a small box in a large one, a medium one in the second image.
+
+    A 1x2 filter of output column x is centred on x + 0.5 of the map, which is (x + 0.5 + 0.5) * 10 in the image, and
+    its row y on (y + 0.5) * 10: columns at 10 ... 80, rows at 5 ... 35.
+    """
     stretch = np.arange(64.0).reshape(2, 4, 8)
     offset = _stretched((2, 4, 8), stretch)
     boxes = np.array(
         [
-            [0, 5, 0, 44, 30],  # centres at x = 5, 15, 25, 35 and y = 0 ... 30: 39 * 30 = 1170, large
-            [0, 0, 10, 15, 12],  # x = 5, 15, y = 10: area 30, small, within the large one
-            [1, 70, 20, 90, 30],  # x = 75, y = 20, 30: area 200, medium
+            [0, 10, 0, 49, 35],  # columns at 10, 20, 30, 40, all rows, the edges too: 39 * 35 = 1365, large
+            [0, 5, 14, 25, 16],  # columns at 10 and 20, the row at 15: area 40, small, within the large one
+            [1, 75, 20, 95, 35],  # the last column, rows at 25 and 35: area 300, medium
         ],
         float,
     )
@@ -180,13 +184,31 @@ def test_classes_by_hand() -> None:
     medium = [32 + 2 * 8 + 7, 32 + 3 * 8 + 7]
     background = [k for k in range(64) if k not in small + large + medium]
     for name, of_class in {"small": small, "medium": medium, "large": large, "background": background}.items():
-        expected = {"mean": np.mean(of_class), "std": np.std(of_class), "filters": len(of_class)}
+        expected = {"mean": np.mean(of_class), "std": np.std(of_class), "filters": len(of_class), "not_finite": 0}
         assert found[name] == pytest.approx(expected), name
+
+
+@pytest.mark.parametrize(("x2", "y2", "filters"), [(8, 24, 2), (8, 23.9, 1), (7.9, 24, 0), (23.9, 8, 1), (24, 24, 4)])
+def test_a_unit_is_at_the_middle_of_its_cell(x2: float, y2: float, filters: int) -> None:
+    """A 3x3 filter with padding 1 and stride 16 between image and map: units at 8 and 24, not at 0 and 16."""
+    box = np.array([[0, 0, 0, x2, y2]], np.float64)
+    found = effective_dilation_by_class(np.zeros((1, 18, 2, 2)), box, 3, padding=1, spatial_scale=1 / 16)
+    assert found["small"]["filters"] == filters and found["background"]["filters"] == 4 - filters
+
+
+def test_filters_with_a_nan_or_infinite_offset_are_left_out_and_counted() -> None:
+    """1x2 filters of dilations 1 ... 6: those of 2 and 5 are lost, and (1 + 3 + 4 + 6) / 4 = 3.5."""
+    offset = _stretched((1, 1, 6), np.arange(1.0, 7).reshape(1, 1, 6))
+    offset[0, 0, 0, 1], offset[0, :, 0, 4] = nan, inf
+    found = effective_dilation_by_class(offset, np.zeros((0, 5)), (1, 2))
+    # the squares of -2.5, -0.5, 0.5, 2.5 are 13 together
+    assert found["background"] == {"mean": 3.5, "std": pytest.approx(sqrt(13 / 4)), "filters": 4, "not_finite": 2}
+    assert np.isnan(effective_dilation(offset, (1, 2))[0, 0, 0]).tolist() == [False, True, False, False, True, False]
 
 
 def test_a_class_without_filters_is_nan() -> None:
     found = effective_dilation_by_class(np.zeros((1, 18, 2, 2)), np.zeros((0, 5)), 3, padding=1)
-    assert found["background"] == {"mean": 1.0, "std": 0.0, "filters": 4}
+    assert found["background"] == {"mean": 1.0, "std": 0.0, "filters": 4, "not_finite": 0}
     assert np.isnan(found["large"]["mean"]) and found["large"]["filters"] == 0
 
 
@@ -245,6 +267,15 @@ def test_outside_is_where_deform_conv2d_reads_nothing() -> None:
     offset = rng.integers(-12, 12, (1, 2, 6, 7)) / 2
     read = deform_conv2d(np.ones((1, 1, 6, 7)), offset, np.ones((1, 1, 1, 1)), backend="reference")
     assert offset_statistics(offset, (6, 7), 1)["outside"] == np.mean(read == 0)
+
+
+def test_exploding_offsets_have_a_length() -> None:
+    """3e38 and 2e38 are float32 numbers, and their length, 3.6e38, is none."""
+    offset = np.zeros((1, 2, 1, 2), np.float32)
+    offset[0, :, 0, 0] = 3e38, 2e38
+    found = offset_statistics(offset, (1, 2), 1, quantiles=[0.5, 1])
+    assert found["length"] == pytest.approx({0.5: 13**0.5 * 0.5e38, 1.0: 13**0.5 * 1e38}, rel=1e-6)
+    assert found["outside"] == 0.5 and found["infinite"] == 0
 
 
 def test_statistics_of_no_images_are_nan_and_not_zero() -> None:
@@ -312,6 +343,21 @@ def test_bins_are_those_that_deform_ps_roi_pool_reads(classes: int, part: int) -
         read = deform_ps_roi_pool(image, rois, trans, **params, group_size=1, sample_per_part=4, backend="reference")
         expected = bins[..., axis] + 3 / 8 * (bins[..., axis + 2] - bins[..., axis])
         np.testing.assert_allclose(read, expected, rtol=0, atol=1e-10)
+
+
+def test_bins_lie_in_the_image_where_their_roi_does() -> None:
+    """Map position v is (v + 0.5) / scale in the image; pixels 32 to 95 and 16 to 47 are [32, 96] x [16, 48]."""
+    rois, edges = np.array([[0, 32, 16, 95, 47.0]]), np.array([[0, 32, 16, 96, 48.0]])
+    bins = deform_roi_bins(rois, output_size=2, spatial_scale=1 / 16, convention="rfcn")
+    assert bins[0, 0, 0].tolist() == [1.5, 0.5, 3.5, 1.5]
+    assert ((bins[0, 0, 0] + 0.5) * 16).tolist() == [32, 16, 64, 32]
+    assert ((bins[0, 1, 1] + 0.5) * 16).tolist() == [64, 32, 96, 48]
+    aligned = deform_roi_bins(edges, output_size=2, spatial_scale=1 / 16, convention="mmcv")
+    assert aligned.tolist() == bins.tolist()  # that convention takes the edges themselves
+    # a unit's centre is in the bin of its own cell: columns 2 to 5 and rows 1 and 2 of the map
+    offset = np.zeros((1, 18, 4, 8))
+    found = effective_dilation_by_class(offset, edges, 3, padding=1, spatial_scale=1 / 16)
+    assert found["medium"]["filters"] == 4 * 2
 
 
 def test_negative_halves_are_rounded_away_from_zero() -> None:
@@ -384,7 +430,7 @@ def test_torch_tensors_give_torch_tensors() -> None:
     assert isinstance(effective_dilation(offset, 3), torch.Tensor)
     boxes = torch.tensor([[0, 0, 0, 3, 3.0]])
     assert isinstance(deform_roi_bins(boxes, output_size=3), torch.Tensor)
-    assert effective_dilation_by_class(offset, boxes, 3, padding=1)["small"]["filters"] == 16
+    assert effective_dilation_by_class(offset, boxes, 3, padding=1)["small"]["filters"] == 9
 
 
 @pytest.mark.cuda
