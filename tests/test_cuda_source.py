@@ -16,6 +16,7 @@ import pytest
 
 from dcn_kernels.cuda import compile
 from dcn_kernels.cuda.device import Device
+from dcn_kernels.cuda.taps import CONV
 from dcn_kernels.shapes import DTYPES
 
 FOLDER = compile.FOLDER
@@ -185,6 +186,7 @@ def gemm(
     strideC, batch, compute, algorithm,
 ):  # fmt: skip
     """cublasGemmStridedBatchedEx by its definition: C = alpha op(A) op(B) + beta C, all stored by columns."""
+    assert MODE[handle] == 16, "sums of halves in float32, float32 in float32"
     real = np.float64 if compute == 70 else np.float32
     one, keep = (float(np.frombuffer((ctypes.c_char * 8).from_address(p), real)[0]) for p in (alpha, beta))
     for i in range(batch):
@@ -199,21 +201,37 @@ def gemm(
 gemm.compute = []
 
 
+HANDLE, CALLERS_MODE = 11, 3  # CUBLAS_TF32_TENSOR_OP_MATH
+MODE = {HANDLE: CALLERS_MODE}
+
+
+class CUBLASError(RuntimeError):
+    pass
+
+
+@pytest.fixture
+def cublas(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """In the place of CuPy's cuBLAS; in its place alone, so that nothing else of CuPy is used."""
+    found = SimpleNamespace(
+        gemmStridedBatchedEx=gemm, getMathMode=MODE.get, setMathMode=MODE.__setitem__, CUBLASError=CUBLASError
+    )
+    cuda = SimpleNamespace(device=SimpleNamespace(get_cublas_handle=lambda: HANDLE))
+    for name, module in {
+        "cupy": SimpleNamespace(cuda=cuda), "cupy_backends": SimpleNamespace(), "cupy_backends.cuda": SimpleNamespace(),
+        "cupy_backends.cuda.libs": SimpleNamespace(cublas=found), "cupy_backends.cuda.libs.cublas": found,
+    }.items():  # fmt: skip
+        monkeypatch.setitem(sys.modules, name, module)
+    return found
+
+
 @pytest.mark.parametrize(
     ("dtype", "out_dtype"),
     [("float32", "float32"), ("float64", "float64"), ("float16", "float32"), ("bfloat16", "bfloat16")],
 )
 @pytest.mark.parametrize("accumulate", [False, True])
 def test_cublas_is_asked_for_the_product(
-    dtype: str, out_dtype: str, accumulate: bool, monkeypatch: pytest.MonkeyPatch
+    dtype: str, out_dtype: str, accumulate: bool, cublas: SimpleNamespace
 ) -> None:
-    cuda = SimpleNamespace(device=SimpleNamespace(get_cublas_handle=lambda: 0))
-    cublas = SimpleNamespace(gemmStridedBatchedEx=gemm)
-    for name, module in {
-        "cupy": SimpleNamespace(cuda=cuda), "cupy_backends": SimpleNamespace(), "cupy_backends.cuda": SimpleNamespace(),
-        "cupy_backends.cuda.libs": SimpleNamespace(cublas=cublas), "cupy_backends.cuda.libs.cublas": cublas,
-    }.items():  # fmt: skip
-        monkeypatch.setitem(sys.modules, name, module)
     rng = np.random.default_rng(0)
 
     def matrices(batch: int, rows: int, columns: int, kind: str, layout: str) -> np.ndarray:
@@ -233,13 +251,42 @@ def test_cublas_is_asked_for_the_product(
                 want = a.astype(float) @ b.astype(float) + (out.astype(float) if accumulate else 0)
                 if not accumulate:
                     out[...] = np.nan
-                Device.matmul(a, b, out, accumulate=accumulate)
+                Device.matmul(a, b, out, accumulate=accumulate, op="deform_conv2d")
                 assert np.array_equal(out.astype(float), want)
     gemm.compute.clear()
-    Device.matmul(a, b, out, tf32=True)
-    Device.matmul(a, b, out)
-    # 77, 69: float32 through TF32, and as it is whatever the library is set to; 70: float64; 68: sums in float32
-    assert gemm.compute == {"float32": [77, 69], "float64": [70, 70]}.get(dtype, [68, 68])
+    Device.matmul(a, b, out, tf32=True, op="deform_conv2d")
+    Device.matmul(a, b, out, op="deform_conv2d")
+    # 77: float32 through TF32; 70: float64; 68: sums in float32
+    assert gemm.compute == {"float32": [77, 68], "float64": [70, 70]}.get(dtype, [68, 68])
+    assert MODE == {HANDLE: CALLERS_MODE}, "the handle is CuPy's: its mode is put back"
+
+
+def test_failed_product_names_operator_and_sizes(cublas: SimpleNamespace) -> None:
+    def fail(*_: object) -> None:
+        raise CUBLASError("CUBLAS_STATUS_NOT_SUPPORTED")
+
+    cublas.gemmStridedBatchedEx = fail
+    a, b, out = (np.zeros(shape, np.float32).view(GPUArray) for shape in ((2, 3, 4), (2, 4, 5), (2, 3, 5)))
+    with pytest.raises(RuntimeError, match="deform_conv2d: 2 products of 3 x 4 by 4 x 5 float32 .*NOT_SUPPORTED"):
+        Device.matmul(a, b, out, op="deform_conv2d")
+    assert MODE == {HANDLE: CALLERS_MODE}
+
+
+def test_absent_arrays_are_null_pointers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CuPy passes None as 0xffffffff (its issue 9046); scalars and structs go through as they are."""
+    given: list[tuple[object, ...]] = []
+    errors = SimpleNamespace(CUDADriverError=KeyError, CUDARuntimeError=KeyError, CompileException=KeyError)
+    monkeypatch.setitem(
+        sys.modules, "cupy", SimpleNamespace(cuda=SimpleNamespace(driver=errors, runtime=errors, compiler=errors))
+    )
+    monkeypatch.setattr(compile, "kernel", lambda *_: lambda grid, block, args: given.append(args))
+    device = Device.__new__(Device)
+    device.max_blocks = 7
+    array, struct = np.zeros(3), np.zeros(1, CONV)
+    device.launch("deform_conv", "columns", {}, 1, 256, (array, None, np.int32(4), struct), op="deform_conv2d")
+    first, absent, number, last = given[0]
+    assert first is array and last is struct and number == 4
+    assert absent == 0 and absent.itemsize == ctypes.sizeof(ctypes.c_void_p) and type(absent).__name__ == "uint64"
 
 
 def test_failed_launch_names_operator_and_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

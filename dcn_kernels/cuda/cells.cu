@@ -19,7 +19,7 @@ KERNEL(cells, THREADS)
     const corners_t at = corners_of(s, offset, sample);
     const index_t plane = index_t(sample.image) * s.OG + sample.og;
     const index_t cell = (plane * (s.H + 1) + at.y + 1) * (s.W + 1) + at.x + 1;
-    keys[i] = at.value ? cell : index_t(s.images) * s.OG * (s.H + 1) * (s.W + 1);
+    keys[i] = at.inside() ? cell : index_t(s.images) * s.OG * (s.H + 1) * (s.W + 1);
     placed[3 * i] = at.ly;
     placed[3 * i + 1] = at.lx;
     placed[3 * i + 2] = modulation_of(s, mask, sample);

@@ -51,18 +51,20 @@ __device__ __forceinline__ void load_accumulators(const T* from, T (&values)[N])
   }
 }
 
-// x in TF32's 11 significant bits, rounded to nearest; `low` is the rest, itself rounded so. x = high + low to about
-// 2^-22. A number that is not finite stays whole in `high`.
+// A finite x in TF32's 11 significant bits, rounded to nearest.
 __device__ __forceinline__ float tf32_round(float x) {
   const unsigned bits = __float_as_uint(x);
-  const bool rounds_up = (bits & 0x7fffffffu) < 0x7f7ff000u;  // else it would reach infinity, or is not finite
-  const bool finite = (bits & 0x7f800000u) != 0x7f800000u;
-  return __uint_as_float(finite ? (bits + (rounds_up ? 0x1000u : 0u)) & 0xffffe000u : bits);
+  const bool rounds_up = (bits & 0x7fffffffu) < 0x7f7ff000u;  // else it would reach infinity
+  return __uint_as_float((bits + (rounds_up ? 0x1000u : 0u)) & 0xffffe000u);
 }
 
+// x = high + low to about 2^-22, both TF32 numbers. What is not finite stands in `low`, beside a `high` of 1 and its
+// sign: the other way round infinity would meet the other factor's `low`, often 0, and their product is not a number.
 __device__ __forceinline__ void tf32_split(float x, float& high, float& low) {
-  high = tf32_round(x);
-  low = (__float_as_uint(x) & 0x7f800000u) == 0x7f800000u ? 0.0f : tf32_round(x - high);
+  const unsigned bits = __float_as_uint(x);
+  const bool finite = (bits & 0x7f800000u) != 0x7f800000u;
+  high = finite ? tf32_round(x) : __uint_as_float((bits & 0x80000000u) | 0x3f800000u);
+  low = finite ? tf32_round(x - high) : x + x;  // the sum: a NaN in bits that TF32 has
 }
 
 // Adds to N consecutive elements that other threads add to at the same time.

@@ -25,7 +25,7 @@ __device__ __forceinline__ void load_corners(vec<scalar_t, VEC> (&pixel)[4], con
 }
 
 // column[p0, c, k] = m_k(p0) x_c(p0 + p_n + dp_n): what Eq. 2 multiplies by the weight.
-// First each thread finds the corners of one sample, then the threads share out the samples' channel vectors.
+// First each thread finds the corners of one sample, then `lanes` neighbouring threads own a sample and its channels.
 // No two threads write the same element.
 KERNEL(columns, THREADS)
 (const scalar_t* __restrict__ input,   // [images, C, H, W] by strides
@@ -54,31 +54,34 @@ KERNEL(columns, THREADS)
       }
     }
     __syncthreads();  // the corners of all samples are known
-    for (int item = threadIdx.x; item < SAMPLES * vectors; item += THREADS) {
-      const int nth = item / vectors, slot = first_slot + nth % SLOTS, pixel = first_pixel + nth / SLOTS;
+    for (int first = 0; first < SAMPLES; first += THREADS / s.lanes) {
+      const int nth = first + threadIdx.x / s.lanes, slot = first_slot + nth % SLOTS, pixel = first_pixel + nth / SLOTS;
       if (pixel >= tile_pixels || slot >= slots) continue;
       const int i = nth % SLOTS * PIXELS + nth / SLOTS, og = slot % s.OG, k = slot / s.OG;
-      const int c = og * (s.C / s.OG) + item % vectors * VEC;
-      vec<scalar_t, VEC> corner[4], high, low;
-      load_corners(corner, input, cell[i] + c * s.input_c, inside[i], s);
+      const unsigned corners_inside = inside[i];
+      for (int vector = threadIdx.x % s.lanes; vector < vectors; vector += s.lanes) {
+        const int c = og * (s.C / s.OG) + vector * VEC;
+        vec<scalar_t, VEC> corner[4], high, low;
+        load_corners(corner, input, cell[i] + c * s.input_c, corners_inside, s);
 #pragma unroll
-      for (int v = 0; v < VEC; v++) {
-        acc_t sum = 0;
+        for (int v = 0; v < VEC; v++) {
+          acc_t sum = 0;
 #pragma unroll
-        for (int q = 0; q < 4; q++)
-          if (inside[i] >> q & 1) sum += weight[q][i] * acc_t(corner[q].v[v]);
-        sum *= modulation[i];
+          for (int q = 0; q < 4; q++)
+            if (corners_inside >> q & 1) sum += weight[q][i] * acc_t(corner[q].v[v]);
+          sum *= modulation[i];
 #if SPLIT
-        tf32_split(sum, high.v[v], low.v[v]);
+          tf32_split(sum, high.v[v], low.v[v]);
 #else
-        high.v[v] = scalar_t(sum);
+          high.v[v] = scalar_t(sum);
+#endif
+        }
+        const index_t to = column_at(s, pixel, k, c);
+        store(column + to, high);
+#if SPLIT
+        store(column_low + to, low);
 #endif
       }
-      const index_t to = column_at(s, pixel, k, c);
-      store(column + to, high);
-#if SPLIT
-      store(column_low + to, low);
-#endif
     }
     __syncthreads();  // the corners are used up
   }
@@ -149,7 +152,7 @@ KERNEL(gradients, THREADS)
               sum_value += g[v] * ((1 - ly) * ((1 - lx) * x00 + lx * x01) + ly * ((1 - lx) * x10 + lx * x11));
           }
         }
-        if (grad_input != nullptr && (flags & VALUE)) {
+        if (grad_input != nullptr) {
 #pragma unroll
           for (int q = 0; q < 4; q++) {
             if (!(flags >> q & 1)) continue;

@@ -103,6 +103,7 @@ def deform_conv2d_backward(
 ) -> dict[str, Any]:
     """Eq. 7 and the transposes of Eq. 2 in its other arguments. Returns argument name -> gradient."""
     device = device or _device.current()
+    call = _Convolution(device, input, offset, weight, mask, stride, padding, dilation, border, precision)
     given = {"input": input, "offset": offset, "weight": weight, "bias": bias, "mask": mask}
     grads = {name: device.empty(given[name].shape, given[name].dtype) for name in wrt}
     if grad_output.size == 0:
@@ -110,9 +111,7 @@ def deform_conv2d_backward(
             device.clear(grad)
         return grads
     if set(wrt) - {"bias"}:
-        call = _Convolution(device, input, offset, weight, mask, stride, padding, dilation, border, precision)
-        budget = workspace_bytes or DEFAULT_WORKSPACE
-        _Backward(call, grad_output, grads, deterministic, budget).run()
+        _Backward(call, grad_output, grads, deterministic, workspace_bytes or DEFAULT_WORKSPACE).run()
     if "bias" in wrt:
         O, (OH, OW) = weight.shape[0], grad_output.shape[2:]
         sizes = (np.int32(size) for size in (O, input.shape[0], OH, OW))
@@ -181,12 +180,12 @@ class _Convolution:
         parts = tuple(
             self.device.empty((self.groups, O // self.groups, self.taps * width), self.dtype) for _ in range(self.parts)
         )
-        by_tap = (part.reshape(1, O, self.taps, width).transpose(0, 1, 3, 2) for part in parts)
-        source = self.weight
-        if not _merges(source, 2):
-            source = self.device.empty(source.shape, self.dtype)
-            copy(self.device, self.weight, source, op=OP)
-        copy(self.device, source.reshape(1, O, width, self.taps), *by_tap, op=OP)
+        if _merges(self.weight, 2):  # the taps as one axis: fuller tiles
+            by_tap = (part.reshape(1, O, self.taps, width).transpose(0, 1, 3, 2) for part in parts)
+            copy(self.device, self.weight.reshape(1, O, width, self.taps), *by_tap, op=OP)
+        else:
+            by_tap = (part.reshape(O, *self.weight.shape[2:], width).transpose(0, 3, 1, 2) for part in parts)
+            copy(self.device, self.weight, *by_tap, op=OP)
         return parts
 
     def stage(self, tiles: _Tiles) -> Any:
@@ -232,14 +231,14 @@ class _Convolution:
     def multiply(self, a: Parts, b: Parts, out: Any, *, accumulate: bool = False) -> None:
         """out (+)= a @ b in the precision asked for; see Device.matmul."""
         if not self.split:
-            self.device.matmul(a[0], b[0], out, tf32=self.tf32, accumulate=accumulate)
+            self.device.matmul(a[0], b[0], out, tf32=self.tf32, accumulate=accumulate, op=OP)
             return
         (a_high, a_low), (b_high, b_low) = a, b
         inner = a_high.shape[2]
         for start in range(0, inner, SPLIT_LENGTH):  # the small products first
             some = slice(start, min(start + SPLIT_LENGTH, inner))
             for left, right in ((a_low, b_high), (a_high, b_low), (a_high, b_high)):
-                self.device.matmul(left[:, :, some], right[:, some], out, tf32=True, accumulate=accumulate)
+                self.device.matmul(left[:, :, some], right[:, some], out, tf32=True, accumulate=accumulate, op=OP)
                 accumulate = True
 
 

@@ -15,7 +15,10 @@ BLOCKS_PER_MULTIPROCESSOR = 16  # enough to fill it; more work than that goes ro
 SPLIT_CAPABILITIES = ((8, 0), (9, 0), (10, 0), (10, 3))
 
 _CUDA_R = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 14}  # cudaDataType
-_COMPUTE_32F, _COMPUTE_32F_PEDANTIC, _COMPUTE_32F_FAST_TF32, _COMPUTE_64F = 68, 69, 77, 70  # cublasComputeType_t
+_COMPUTE_32F, _COMPUTE_32F_FAST_TF32, _COMPUTE_64F = 68, 77, 70  # cublasComputeType_t
+# cublasMath_t. CUBLAS_DEFAULT_MATH: float32 is no TF32; CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION: where a long
+# product of halves is cut in parts, those too are added in float32.
+_MATH_MODE = 0 | 16
 _GEMM_DEFAULT = -1
 
 
@@ -67,16 +70,17 @@ class Device:
             cupy.cuda.compiler.CompileException,
         )
         try:
-            compile.kernel(stem, flags, kernel)((blocks,), (threads,), args)
+            compile.kernel(stem, flags, kernel)((blocks,), (threads,), tuple(map(_argument, args)))
         except errors as error:
             raise RuntimeError(f"{op}: kernel {kernel} of {stem}.cu ({blocks} blocks of {threads}): {error}") from error
 
     @staticmethod
-    def matmul(a: Any, b: Any, out: Any, *, tf32: bool = False, accumulate: bool = False) -> None:
+    def matmul(a: Any, b: Any, out: Any, *, tf32: bool = False, accumulate: bool = False, op: str) -> None:
         """out[i] = a[i] @ b[i], added to out[i] with `accumulate`: cuBLAS on (batch, rows, columns) by strides.
 
-        a and b share a dtype; sums are float32 (float64 for float64). Plain float32 matrices are multiplied in plain
-        float32 unless `tf32`, whatever CuPy is set to.
+        a and b share a dtype; sums are float32 (float64 for float64). float32 matrices are multiplied in plain float32
+        unless `tf32`, whatever CuPy's handle is set to. The memory that cuBLAS works in is its own, held from its first
+        call on, and no part of `workspace_bytes`.
         """
         import cupy
         from cupy_backends.cuda.libs import cublas
@@ -86,7 +90,7 @@ class Device:
         if kind == "float64":
             compute = _COMPUTE_64F
         elif kind == "float32":
-            compute = _COMPUTE_32F_FAST_TF32 if tf32 else _COMPUTE_32F_PEDANTIC
+            compute = _COMPUTE_32F_FAST_TF32 if tf32 else _COMPUTE_32F
         else:
             compute = _COMPUTE_32F
         scale = np.float64 if kind == "float64" else np.float32
@@ -94,32 +98,47 @@ class Device:
         (a_transposed, a_leading), (b_transposed, b_leading) = leading(a), leading(b)
         if leading(out)[0]:
             raise ValueError(f"matmul: out: expected rows of adjacent elements, got strides {out.strides}")
-        # cuBLAS counts by columns: a row-major matrix is its own transpose there, so out^T = b^T a^T is asked for
-        cublas.gemmStridedBatchedEx(
-            cupy.cuda.device.get_cublas_handle(),
-            int(b_transposed),
-            int(a_transposed),
-            columns,
-            rows,
-            inner,
-            alpha.ctypes.data,
-            b.data.ptr,
-            _CUDA_R[b.dtype.name],
-            b_leading,
-            batch_stride(b),
-            a.data.ptr,
-            _CUDA_R[kind],
-            a_leading,
-            batch_stride(a),
-            beta.ctypes.data,
-            out.data.ptr,
-            _CUDA_R[out.dtype.name],
-            leading(out)[1],
-            batch_stride(out),
-            batch,
-            compute,
-            _GEMM_DEFAULT,
-        )
+        handle = cupy.cuda.device.get_cublas_handle()
+        mode = cublas.getMathMode(handle)
+        cublas.setMathMode(handle, _MATH_MODE)
+        try:
+            # cuBLAS counts by columns: a row-major matrix is its own transpose there, so out^T = b^T a^T is asked for
+            cublas.gemmStridedBatchedEx(
+                handle,
+                int(b_transposed),
+                int(a_transposed),
+                columns,
+                rows,
+                inner,
+                alpha.ctypes.data,
+                b.data.ptr,
+                _CUDA_R[b.dtype.name],
+                b_leading,
+                batch_stride(b),
+                a.data.ptr,
+                _CUDA_R[kind],
+                a_leading,
+                batch_stride(a),
+                beta.ctypes.data,
+                out.data.ptr,
+                _CUDA_R[out.dtype.name],
+                leading(out)[1],
+                batch_stride(out),
+                batch,
+                compute,
+                _GEMM_DEFAULT,
+            )
+        except cublas.CUBLASError as error:
+            raise RuntimeError(
+                f"{op}: {batch} products of {rows} x {inner} by {inner} x {columns} {kind} matrices in cuBLAS: {error}"
+            ) from error
+        finally:
+            cublas.setMathMode(handle, mode)
+
+
+def _argument(value: Any) -> Any:
+    """CuPy does not pass None as a null pointer (its issue 9046: the kernel sees 0xffffffff)."""
+    return np.uintp(0) if value is None else value
 
 
 def leading(matrix: Any) -> tuple[bool, int]:

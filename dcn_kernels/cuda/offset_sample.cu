@@ -77,7 +77,7 @@ KERNEL(resample_gradients, THREADS)
           if (at.moves_y) sum_y += g * ((1 - at.lx) * (x[2] - x[0]) + at.lx * (x[3] - x[1]));
           if (at.moves_x) sum_x += g * ((1 - at.ly) * (x[1] - x[0]) + at.ly * (x[3] - x[2]));
         }
-        if (grad_input != nullptr && at.value) {
+        if (grad_input != nullptr) {
           acc_t* const to = grad_input + (place.n * s.grad_n + c * s.grad_c + at.y * s.grad_y + at.x * s.grad_x);
 #pragma unroll
           for (int q = 0; q < 4; q++)  // atomic: the cells of other pixels touch this one

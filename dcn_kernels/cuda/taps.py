@@ -10,7 +10,7 @@ import numpy as np
 from dcn_kernels.cuda.compile import CTYPES, Flags
 
 BORDERS = ("zeros", "msra", "edge", "align")  # in the order of border_t
-LARGEST = 2**31 - 1
+LARGEST = 2**31 - 2**10  # of a size that kernels hold in an int and step over by a block at a time
 
 CONV = np.dtype(
     [(name, np.int32) for name in (

@@ -179,7 +179,9 @@ class HostDevice:
         self.launched.append((stem, kernel))
 
     @staticmethod
-    def matmul(a: np.ndarray, b: np.ndarray, out: np.ndarray, *, tf32: bool = False, accumulate: bool = False) -> None:
+    def matmul(
+        a: np.ndarray, b: np.ndarray, out: np.ndarray, *, tf32: bool = False, accumulate: bool = False, op: str
+    ) -> None:
         for matrix in (a, b, out):  # what cuBLAS would refuse is refused here
             leading(matrix)
             batch_stride(matrix)
