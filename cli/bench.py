@@ -425,6 +425,8 @@ def plot(records: tuple[str, ...], output: str, what: str) -> None:
 def readme(folder: str) -> None:
     """Write README.md of a folder of records from the records in it.
 
+    In the README.md beside the folder it writes on which GPUs the kernels have run.
+
     \b
     Example:
       dcn-bench readme
@@ -437,6 +439,9 @@ def readme(folder: str) -> None:
     path = str(Path(folder) / "README.md")
     console.write(path, record.readme(records))
     console.note(f"saved {path}")
+    beside = Path(folder).resolve().parent / "README.md"
+    if beside.is_file():
+        console.write(str(beside), record.with_gpus(beside.read_text(encoding="utf-8"), records))
 
 
 main.add_command(cost)

@@ -53,11 +53,19 @@ class Settings:
 class CpuClock:
     """Times and memory of calls that are done when they return."""
 
+    start_ms: tuple[float, ...] = ()  # a call is done when it returns: no time apart for starting it
+
     def milliseconds(self, run: Callable[[], Any]) -> float:
         """Of one call."""
         start = perf_counter()
         run()
         return 1e3 * (perf_counter() - start)
+
+    first_milliseconds = milliseconds
+
+    def cold_milliseconds(self, run: Callable[[], Any]) -> list[float]:
+        """No times: caches of a CPU are left as they are."""
+        return []
 
     def temporary_bytes(self, run: Callable[[], Any]) -> int | None:
         """What one call allocates besides its results."""
@@ -71,29 +79,87 @@ class CpuClock:
 
 
 class CudaClock:
-    """Times by CUDA events on CuPy's current stream, memory by what its pool holds."""
+    """Times by CUDA events on CuPy's current stream, memory by the peak of a pool of its own.
 
-    def milliseconds(self, run: Callable[[], Any]) -> float:
+    A GPU that waits for the next launch would have the launches timed, not the kernels. So work that takes it longer
+    than the CPU takes to start the call goes ahead: a buffer twice as large as the second-level cache is overwritten,
+    as often as that takes. This also empties the cache; a warm time has one call more between it and the clock.
+    """
+
+    LEAD_MS = 0.05  # of work ahead, beyond what the launches take
+    MOST_AHEAD = 500  # a GPU's queue is not endless
+
+    def __init__(self) -> None:
+        self._buffer: Any = None
+        self._overwrite_ms = 0.0
+        self.start_ms: list[float] = []  # the CPU's share of each call: checks, and starting the kernels
+
+    def first_milliseconds(self, run: Callable[[], Any]) -> float:
+        """Of one call by the wall, until the GPU is done: with all that is compiled in it."""
         import cupy
 
+        begin = perf_counter()
+        run()
+        cupy.cuda.get_current_stream().synchronize()
+        return 1e3 * (perf_counter() - begin)
+
+    def milliseconds(self, run: Callable[[], Any]) -> float:
+        """Of the GPU in one call, right after another."""
+        return self._timed(run, run)
+
+    def cold_milliseconds(self, run: Callable[[], Any]) -> list[float]:
+        """The same with none of the call's arrays in the second-level cache."""
+        return [self._timed(run, lambda: None)]
+
+    def _timed(self, run: Callable[[], Any], before: Callable[[], Any]) -> float:
+        import cupy
+
+        self._keep_busy(3 * self.start_ms[-1] if self.start_ms else 0.0)
+        before()
         start, end = cupy.cuda.Event(), cupy.cuda.Event()
         start.record()
+        begin = perf_counter()
         run()
+        self.start_ms.append(1e3 * (perf_counter() - begin))
         end.record()
         end.synchronize()
         return float(cupy.cuda.get_elapsed_time(start, end))
 
-    def temporary_bytes(self, run: Callable[[], Any]) -> int | None:
-        """Growth of the pool of an emptied allocator, less the results."""
+    def _keep_busy(self, milliseconds: float) -> None:
         import cupy
 
-        pool = cupy.get_default_memory_pool()
-        pool.free_all_blocks()
-        before = pool.total_bytes()
-        result = run()
-        cupy.cuda.get_current_stream().synchronize()
-        results = result.values() if isinstance(result, dict) else [result]
-        return max(0, pool.total_bytes() - before - sum(array.nbytes for array in results))
+        if self._buffer is None:
+            number = cupy.cuda.runtime.getDevice()
+            size = 2 * cupy.cuda.runtime.getDeviceProperties(number)["l2CacheSize"]
+            self._buffer = cupy.empty(max(size, 32 << 20), cupy.uint8)
+            for _ in range(2):  # the first may take longer
+                start, end = cupy.cuda.Event(), cupy.cuda.Event()
+                start.record()
+                self._overwrite()
+                end.record()
+                end.synchronize()
+                self._overwrite_ms = float(cupy.cuda.get_elapsed_time(start, end))
+        often = 1 + int((milliseconds + self.LEAD_MS) / max(self._overwrite_ms, 1e-3))
+        for _ in range(min(often, self.MOST_AHEAD)):
+            self._overwrite()
+
+    def _overwrite(self) -> None:
+        import cupy
+
+        self._buffer.data.memset_async(0, self._buffer.nbytes, cupy.cuda.get_current_stream())
+
+    def temporary_bytes(self, run: Callable[[], Any]) -> int | None:
+        """What a pool that starts empty holds after one call, less the results: it gives nothing back meanwhile."""
+        import cupy
+
+        pool = cupy.cuda.MemoryPool()
+        with cupy.cuda.using_allocator(pool.malloc):
+            result = run()
+            cupy.cuda.get_current_stream().synchronize()
+            if isinstance(result, dict):
+                result = tuple(result.values())
+            results = result if isinstance(result, tuple) else (result,)
+            return max(0, pool.total_bytes() - sum(array.nbytes for array in results))
 
 
 def clock(backend: str) -> CpuClock | CudaClock:
@@ -289,7 +355,7 @@ def profile(
             if known != (name, kind, dtype):
                 inputs = make_inputs(layer, kind, dtype, settings.seed)
                 known, small, ceilings = (name, kind, dtype), {}, {}
-            first = clock(backend).milliseconds(runner(inputs, direction, backend))  # before a check has compiled it
+            first = clock(backend).first_milliseconds(runner(inputs, direction, backend))  # no check has compiled it
             if backend not in small:
                 small[backend] = check_small(layer, kind, dtype, backend, settings.seed)
             row = {"op": op.name, "layer": name, "shape": layers.shown(layer), "spread": layer["spread"]}
@@ -338,6 +404,7 @@ def _row(
             except PeerError as error:
                 warn(f"{peer.name}: {op.name} {direction}: {error}")
     samples: list[float] = []
+    cold: list[float] = []
     theirs: dict[str, list[float]] = {name: [] for name in contestants}
     ticks.milliseconds(run)  # warm
     budget, rounds = settings.budget, 0
@@ -346,6 +413,7 @@ def _row(
         spent = 0.0
         while spent == 0 or (spent < slice_ms and len(samples) < _MOST_SAMPLES):
             samples.append(ticks.milliseconds(run))
+            cold += ticks.cold_milliseconds(run)
             spent += samples[-1]
         for name in list(contestants):
             try:
@@ -360,6 +428,8 @@ def _row(
     low, median, high = quartiles(samples)
     row |= {"median_ms": median, "quartiles_ms": [low, high], "samples_ms": [round(s, 5) for s in samples]}
     row |= {"compile_ms": max(0.0, first - median), "spread_of_samples": (high - low) / median}
+    row |= {"cold_ms": quartiles(cold)[1] if cold else None}
+    row |= {"start_ms": quartiles(ticks.start_ms)[1] if ticks.start_ms else None}
     row["against"] = {
         name: {
             "median_ms": quartiles(theirs[name])[1],

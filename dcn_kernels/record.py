@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import re
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -44,6 +45,11 @@ ROW_FIELDS: dict[str, tuple[Any, str]] = {
     "median_ms": (NUMBER, "milliseconds of a call"),
     "quartiles_ms": (list, "lower and upper quartile of the samples"),
     "samples_ms": (list, "all samples after the warm-up"),
+    "cold_ms": (MAYBE, "the same, the second-level cache emptied before each sample; null on a CPU"),
+    "start_ms": (
+        MAYBE,
+        "the CPU's share of a call on a GPU, not in median_ms: checks, starting kernels; null on a CPU",
+    ),
     "spread_of_samples": (NUMBER, "interquartile range over median; above 0.25 the row is called noisy"),
     "compile_ms": (NUMBER, "the first call in the process less the median: compiling, or loading what was compiled"),
     "temp_bytes": (MAYBE, "peak temporary memory of a call besides its results"),
@@ -61,6 +67,9 @@ ROW_FIELDS: dict[str, tuple[Any, str]] = {
     "spot_check": (MAYBE, "the same at full size on some elements of the output or of each gradient"),
     "against": (dict, "peer -> median_ms, samples_ms, ratio (theirs over ours), max_error (null: not the same), what"),
 }
+
+
+LATER = ("cold_ms", "start_ms")  # fields that the first records lack
 
 
 class BadRecord(ValueError):
@@ -107,6 +116,8 @@ def check(record: Any, name: str = "record") -> Record:
 
 def _check_fields(found: dict[str, Any], fields: dict[str, tuple[Any, str]], where: str) -> None:
     for field, (kind, _) in fields.items():
+        if field in LATER and field not in found:
+            continue
         if field not in found:
             raise BadRecord(f"{where}: {field} is missing")
         if not isinstance(found[field], kind) or (isinstance(found[field], bool) and kind is not bool):
@@ -133,14 +144,26 @@ COLUMNS = (
     "layer", "operator", "direction", "offsets", "dtype", "backend", "threads", "median ms", "quartiles", "GFLOP/s",
     "GB/s", "of ceiling", "bound", "x plain", "temp MB", "compile s",
 )  # fmt: skip
-RIGHT = ("median ms", "quartiles", "GFLOP/s", "GB/s", "of ceiling", "x plain", "temp MB", "compile s")
+RIGHT = (
+    "median ms",
+    "quartiles",
+    "GFLOP/s",
+    "GB/s",
+    "of ceiling",
+    "x plain",
+    "temp MB",
+    "compile s",
+    "cold ms",
+    "start ms",
+)
 
 
 def cells(record: Record) -> tuple[list[str], list[list[str]], list[str]]:
     """(columns, rows, columns to be aligned to the right) of a record as a table."""
     peers = list(dict.fromkeys(name for row in record["rows"] for name in row["against"]))
     constant = [c for c in ("dtype", "backend", "threads") if len({row[c] for row in record["rows"]}) == 1]
-    columns = [*COLUMNS, *(f"{peer} ms (ratio)" for peer in peers)]
+    on_gpu = any(row.get("cold_ms") is not None for row in record["rows"])
+    columns = [*COLUMNS, *(("cold ms", "start ms") if on_gpu else ()), *(f"{peer} ms (ratio)" for peer in peers)]
     rows = []
     for row in record["rows"]:
         low, high = row["quartiles_ms"]
@@ -152,6 +175,9 @@ def cells(record: Record) -> tuple[list[str], list[list[str]], list[str]]:
             "" if row["plain_ratio"] is None else f"{row['plain_ratio']:.2f}", temporary,
             f"{row['compile_ms'] / 1e3:.1f}",
         ]  # fmt: skip
+        if on_gpu:
+            times = (row.get(field) for field in ("cold_ms", "start_ms"))
+            shown += ["" if time is None else _number(time) for time in times]
         for peer in peers:
             theirs = row["against"].get(peer)
             shown.append(_against(theirs) if theirs else "")
@@ -317,3 +343,23 @@ def readme(records: dict[str, Record]) -> str:
     lines += ["", "A row:", "", "| field | what it is |", "| --- | --- |"]
     lines += [f"| `{field}` | {text} |" for field, (_, text) in ROW_FIELDS.items()]
     return "\n".join(lines) + "\n"
+
+
+# ---------------------------------------------------------------- README.md
+
+_GPUS = re.compile(r"(<!-- gpus -->).*?(<!-- /gpus -->)", re.DOTALL)
+
+
+def gpus(records: dict[str, Record]) -> str:
+    """On which GPUs the CUDA kernels have run: "on no GPU yet", or "on NVIDIA H200 (9.0; 2026-12-01)"."""
+    latest: dict[str, str] = {}
+    for record in sorted(records.values(), key=lambda record: record["created"]):
+        if any(row["backend"] == "cuda" for row in record["rows"]):
+            device = record["device"]
+            latest[f"{device['gpu']} ({device['compute_capability']}"] = record["created"][:10]
+    return "on " + ", ".join(f"{name}; {day})" for name, day in latest.items()) if latest else "on no GPU yet"
+
+
+def with_gpus(text: str, records: dict[str, Record]) -> str:
+    """The project's README.md with `gpus` between its marks."""
+    return _GPUS.sub(lambda marks: f"{marks[1]}{gpus(records)}{marks[2]}", text)

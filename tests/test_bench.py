@@ -376,6 +376,22 @@ def test_published_records_are_whole_and_their_readme_is_theirs() -> None:
     records = {path.name: record.read(path) for path in folder.glob("*.json")}
     assert records, "no record is published"
     assert (folder / "README.md").read_text() == record.readme(records)
+    beside = (ROOT / "README.md").read_text()
+    assert record.with_gpus(beside, records) == beside and record.gpus(records) in beside
     for name, found in records.items():
         for row in found["rows"]:
             assert row["small_check"] <= 1 and (row["spot_check"] or 0) <= 1, (name, row["layer"])
+
+
+def test_readme_names_the_gpus_of_the_records(tmp_path: Path) -> None:
+    found = record.read(next((ROOT / "bench_results").glob("*.json")))
+    cuda = json.loads(json.dumps(found)) | {"created": "2027-01-02T03:04:05+00:00"}
+    cuda["device"] |= {"gpu": "NVIDIA H200", "compute_capability": "9.0"}
+    Path("bench_results").mkdir()
+    for number, backend in enumerate(("cpu", "cuda")):  # that a machine has a GPU does not say that it was used
+        cuda["rows"][0]["backend"] = backend
+        Path("bench_results", f"{number}.json").write_text(record.to_json(cuda))
+        Path("README.md").write_text("run <!-- gpus -->\nanything\n<!-- /gpus --> today\n")
+        assert run("readme").exit_code == 0
+        says = ("on no GPU yet", "on NVIDIA H200 (9.0; 2027-01-02)")[number]
+        assert Path("README.md").read_text() == f"run <!-- gpus -->{says}<!-- /gpus --> today\n"

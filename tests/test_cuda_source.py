@@ -229,9 +229,7 @@ def cublas(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     [("float32", "float32"), ("float64", "float64"), ("float16", "float32"), ("bfloat16", "bfloat16")],
 )
 @pytest.mark.parametrize("accumulate", [False, True])
-def test_cublas_is_asked_for_the_product(
-    dtype: str, out_dtype: str, accumulate: bool, cublas: SimpleNamespace
-) -> None:
+def test_cublas_is_asked_for_the_product(dtype: str, out_dtype: str, accumulate: bool, cublas: SimpleNamespace) -> None:
     rng = np.random.default_rng(0)
 
     def matrices(batch: int, rows: int, columns: int, kind: str, layout: str) -> np.ndarray:
@@ -267,7 +265,7 @@ def test_failed_product_names_operator_and_sizes(cublas: SimpleNamespace) -> Non
 
     cublas.gemmStridedBatchedEx = fail
     a, b, out = (np.zeros(shape, np.float32).view(GPUArray) for shape in ((2, 3, 4), (2, 4, 5), (2, 3, 5)))
-    with pytest.raises(RuntimeError, match="deform_conv2d: 2 products of 3 x 4 by 4 x 5 float32 .*NOT_SUPPORTED"):
+    with pytest.raises(RuntimeError, match=r"deform_conv2d: 2 products of 3 x 4 by 4 x 5 float32 .*NOT_SUPPORTED"):
         Device.matmul(a, b, out, op="deform_conv2d")
     assert MODE == {HANDLE: CALLERS_MODE}
 
