@@ -12,7 +12,8 @@ import pytest
 from conftest import Backend
 
 from dcn_kernels.deform_roi_pool import DEFORM_PS_ROI_POOL, DEFORM_ROI_POOL
-from dcn_kernels.roi_pool import ROI_ALIGN, ROI_POOL
+from dcn_kernels.op import Op
+from dcn_kernels.roi_pool import PS_ROI_ALIGN, ROI_ALIGN, ROI_POOL
 
 CONVENTIONS = ("paper", "rfcn", "mmcv")
 IMAGE = np.arange(1.0, 17.0).reshape(1, 1, 4, 4)  # 1 2 3 4 / 5 6 7 8 / 9 10 11 12 / 13 14 15 16
@@ -85,6 +86,38 @@ def test_classes_and_parts_by_hand(backend: Backend) -> None:
     # class 0: x moves only in the second column of bins, y only in the second row, 0.25 * 4 pixels a unit;
     # class 1: x moves in all four
     assert np.allclose(grad.ravel(), [2 * 1, 2 * 4, 4 * 1, 2 * 4])
+
+
+# ---------------------------------------------------------------- coordinates
+
+
+@pytest.mark.parametrize("op", [ROI_ALIGN, PS_ROI_ALIGN, DEFORM_ROI_POOL, DEFORM_PS_ROI_POOL], ids=lambda op: op.name)
+def test_float32_coordinates_are_those_of_the_reference_to_the_bit(backend: Backend, op: Op) -> None:
+    # A map of one row, four points a bin, more than two pixels apart: each pixel's gradient is a quarter of one
+    # point's weight, so one bit of a coordinate shows. A fused multiply-add changes a fifth of them.
+    R, W, P = 100, 260, 3
+    rng = np.random.default_rng(0)
+    left, width = rng.uniform(20, 40, R), rng.uniform(9 * P, 180, R)
+    boxes = np.stack([np.arange(R), 16 * left, 0 * left, 16 * (left + width), 0 * left], axis=1).astype(np.float32)
+    offset = rng.uniform(-1, 1, (R, 2, P)).astype(np.float32)
+    several: list[dict[str, Any]] = {
+        "roi_align": [{"aligned": False, "sampling_ratio": 4}, {"aligned": True, "sampling_ratio": 4}],
+        "ps_roi_align": [{"sampling_ratio": 4}],
+        "deform_roi_pool": [{"convention": each, "sampling_ratio": 4} for each in ("rfcn", "mmcv")],
+        "deform_ps_roi_pool": [{"group_size": 1, "part_size": 1, "sample_per_part": 4}],
+    }[op.name]
+    channels = P if op.name == "ps_roi_align" else 1
+    arrays = {"input": np.zeros((R, channels, 1, W), np.float32), "rois": boxes}
+    if op.name == "deform_ps_roi_pool":
+        arrays["trans"] = offset[:, :, None, :1]
+    if op.name == "deform_roi_pool":  # all of a RoI move alike, and stay apart
+        arrays["offset"] = np.repeat(offset[:, :, None, :1], P, axis=3)
+    arrays["grad_output"] = np.ones((R, 1, 1, P), np.float32)
+    for params in several:
+        common = {"output_size": (1, P), "spatial_scale": 0.058, **params, "wrt": "input"}
+        got, want = (each.backward(op, arrays, common)["input"] for each in (backend, Backend("reference")))
+        assert np.count_nonzero(want) > 20 * R
+        np.testing.assert_array_equal(got, want)
 
 
 # ---------------------------------------------------------------- identities

@@ -17,7 +17,9 @@ import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
-exact = numba.njit(error_model="numpy")
+from dcn_kernels.cpu.jit import stay_apart
+
+exact = numba.njit(error_model="numpy", fastmath=False)  # said, as Numba hands down the caller's flags where it is not
 _intrinsic: Any = intrinsic  # to a type checker a call of one lacks its first argument
 
 # A function that takes an array counts a reference to it, atomically: dearer than a bin's few numbers, and threads
@@ -73,6 +75,7 @@ def scaled(v, scale):  # type: ignore[no-untyped-def]
 @exact
 def start_and_size(rule, low, high, scale):  # type: ignore[no-untyped-def]
     """Where a RoI starts on the map, and how long it is."""
+    stay_apart()
     real = type(low)
     one, half = real(1), real(0.5)
     if rule in (MAX, AVG, PAPER):
@@ -108,6 +111,7 @@ def whole_bin(start, size, bins, i):  # type: ignore[no-untyped-def]
 @exact
 def pooled_bin(rule, start, size, bins, i, length):  # type: ignore[no-untyped-def]
     """(first, last, number): the map's pixels of a pooled bin, and how many its mean counts."""
+    stay_apart()
     real = type(start)
     limit = np.float64(length)
     if rule == AVG:
@@ -174,6 +178,7 @@ def lines(rule, ratio, start, size, bins, i, shift, length, itemsize, index, wei
 
     `shift` moves the bin's points; it is not NaN.
     """
+    stay_apart()
     real = type(start)
     n, zero, one = np.int64(0), real(0), real(1)
     last = real(length - 1)

@@ -19,9 +19,9 @@ import numpy as np
 
 from dcn_kernels.cpu import workspace
 from dcn_kernels.cpu.bins import exact, lines, peek, poke, start_and_size
-from dcn_kernels.cpu.convert import F32, F64, fetch_run, kind, store_run
-from dcn_kernels.cpu.jit import inner, kernel
-from dcn_kernels.cpu.lanes import transpose16
+from dcn_kernels.cpu.convert import kind
+from dcn_kernels.cpu.jit import inner, kernel, spliced
+from dcn_kernels.cpu.roi_blocks import expect, load_block, load_pooled, store_block, store_pooled
 from dcn_kernels.cpu.roi_lanes import (
     LANES,
     SLABS,
@@ -32,7 +32,7 @@ from dcn_kernels.cpu.roi_lanes import (
     grid_spread,
     grid_spreads,
 )
-from dcn_kernels.cpu.slabs import Array, load_pixels
+from dcn_kernels.cpu.slabs import Array
 from dcn_kernels.cpu.threads import claim, get_num_threads, run
 from dcn_kernels.shapes import accumulator
 
@@ -71,163 +71,10 @@ class Wanted(NamedTuple):
     coordinates: int  # offset or mask
 
 
-# ---------------------------------------------------------------- pieces of all workers
-#
-# Workers index flat arrays: a slice counts a reference, and threads that count those of one array wait for each other.
+# ---------------------------------------------------------------- pieces of both workers
 
 
-@inner
-def to_lanes(line, line_at, length, to, at):  # type: ignore[no-untyped-def]
-    """to[at + p*16 + l] = line[line_at + l*64 + p] for up to 64 pixels."""
-    itemsize = line.itemsize
-    whole = length // LANES * LANES
-    for p in range(0, whole, LANES):
-        transpose16(
-            line[0],
-            line.ctypes.data + (line_at + p) * itemsize,
-            64,
-            to.ctypes.data + (at + p * LANES) * itemsize,
-            LANES,
-        )
-    for p in range(whole, length):
-        for l in range(LANES):
-            to[at + p * LANES + l] = line[line_at + l * 64 + p]
-
-
-@inner
-def from_lanes(values, at, length, line, line_at):  # type: ignore[no-untyped-def]
-    """The inverse of to_lanes."""
-    itemsize = line.itemsize
-    whole = length // LANES * LANES
-    for p in range(0, whole, LANES):
-        transpose16(
-            line[0],
-            values.ctypes.data + (at + p * LANES) * itemsize,
-            LANES,
-            line.ctypes.data + (line_at + p) * itemsize,
-            64,
-        )
-    for p in range(whole, length):
-        for l in range(LANES):
-            line[line_at + l * 64 + p] = values[at + p * LANES + l]
-
-
-@inner
-def load_lanes(array, base, channels, row_length, length, to, at, line, line_at):  # type: ignore[no-untyped-def]
-    """to[at:] = `length` elements of each of `channels` planes, the first at address `base`, as slabs of 16 lanes."""
-    zero, itemsize = line.dtype.type(0), line.itemsize
-    plain = array.kind == (F32 if itemsize == 4 else F64) and array.s3 == itemsize and array.s2 == row_length * itemsize
-    plain = plain and array.s1 % itemsize == 0
-    for j in range(0, channels, LANES):
-        if plain and j + LANES <= channels:
-            turn_in(
-                zero, itemsize, base + j * array.s1, array.s1, length, to.ctypes.data + (at + j * length) * itemsize
-            )
-            continue
-        for start in range(0, length, 64):
-            few = min(64, length - start)
-            for l in range(LANES):
-                if j + l < channels:
-                    load_pixels(line, line_at + l * 64, base + (j + l) * array.s1, array, row_length, start, few)
-                else:
-                    for p in range(few):
-                        line[line_at + l * 64 + p] = zero
-            to_lanes(line, line_at, few, to, at + j * length + start * LANES)
-
-
-@inner
-def store_lanes(values, at, channels, length, to, base, line, line_at):  # type: ignore[no-untyped-def]
-    """The inverse of load_lanes, into C-contiguous planes."""
-    itemsize = line.itemsize
-    plain = to.kind == (F32 if itemsize == 4 else F64)
-    for j in range(0, channels, LANES):
-        if plain and j + LANES <= channels:
-            source = values.ctypes.data + (at + j * length) * itemsize
-            turn_out(line.dtype.type(0), itemsize, source, length, base + j * to.s1, to.s1)
-            continue
-        for start in range(0, length, 64):
-            few = min(64, length - start)
-            from_lanes(values, at + j * length + start * LANES, few, line, line_at)
-            for l in range(min(LANES, channels - j)):
-                store_run(line, line_at + l * 64, few, base + (j + l) * to.s1 + start * to.s3, to.kind)
-
-
-@inner
-def turn_in(like, itemsize, source, plane, length, target):  # type: ignore[no-untyped-def]
-    """The 16 x `length` numbers at `source`, rows `plane` bytes apart, as `length` x 16 at `target`."""
-    whole = length // LANES * LANES
-    for p in range(0, whole, LANES):
-        transpose16(like, source + p * itemsize, plane // itemsize, target + p * LANES * itemsize, LANES)
-    for p in range(whole, length):
-        for l in range(LANES):
-            poke(target + (p * LANES + l) * itemsize, peek(like, source + l * plane + p * itemsize))
-
-
-@inner
-def turn_out(like, itemsize, source, length, target, plane):  # type: ignore[no-untyped-def]
-    """The inverse of turn_in."""
-    whole = length // LANES * LANES
-    for p in range(0, whole, LANES):
-        transpose16(like, source + p * LANES * itemsize, LANES, target + p * itemsize, plane // itemsize)
-    for p in range(whole, length):
-        for l in range(LANES):
-            poke(target + l * plane + p * itemsize, peek(like, source + (p * LANES + l) * itemsize))
-
-
-@inner
-def load_block(s, input, n, c0, count, to, at, line, line_at):  # type: ignore[no-untyped-def]
-    """Stage the maps of output channels c0 .. c0 + count of image n at to[at:]."""
-    maps, pixels = s.groups_h * s.groups_w, s.H * s.W
-    base = input.address + n * input.s0 + c0 * maps * input.s1
-    if s.lanes == 1:
-        for plane in range(count * maps):
-            load_pixels(to, at + plane * pixels, base + plane * input.s1, input, s.W, 0, pixels)
-    else:
-        load_lanes(input, base, count, s.W, pixels, to, at, line, line_at)
-
-
-@inner
-def store_block(s, values, at, n, c0, count, to, line, line_at):  # type: ignore[no-untyped-def]
-    """The inverse of load_block, into a C-contiguous array."""
-    maps, pixels = s.groups_h * s.groups_w, s.H * s.W
-    base = to.address + n * to.s0 + c0 * maps * to.s1
-    if s.lanes == 1:
-        for plane in range(count * maps):
-            store_run(values, at + plane * pixels, pixels, base + plane * to.s1, to.kind)
-    else:
-        store_lanes(values, at, count, pixels, to, base, line, line_at)
-
-
-@inner
-def load_pooled(s, grad, r, c0, count, pooled, at, line, line_at):  # type: ignore[no-untyped-def]
-    """pooled[at:] = the gradients of one RoI's output channels c0 .. c0 + count, as [slab, bin, lane]."""
-    bins = s.PH * s.PW
-    base = grad.address + r * grad.s0 + c0 * grad.s1
-    if s.lanes == 1:
-        for c in range(count):
-            load_pixels(pooled, at + c * bins, base + c * grad.s1, grad, s.PW, 0, bins)
-    else:
-        load_lanes(grad, base, count, s.PW, bins, pooled, at, line, line_at)
-
-
-@inner
-def expect(array, r, c0, count):  # type: ignore[no-untyped-def]
-    """Ask for one RoI's channels c0 .. c0 + count, which will be read or written soon: no machine guesses where."""
-    fetch_run(array.address + r * array.s0 + c0 * array.s1, count * abs(array.s1))
-
-
-@inner
-def store_pooled(s, pooled, at, r, c0, count, out, line, line_at):  # type: ignore[no-untyped-def]
-    """out[r, c0 .. c0 + count] = pooled[slab, bin, lane]."""
-    bins = s.PH * s.PW
-    base = out.address + r * out.s0 + c0 * out.s1
-    if s.lanes == 1:
-        store_run(pooled, at, count * bins, base, out.kind)
-    else:
-        store_lanes(pooled, at, count, bins, out, base, line, line_at)
-
-
-@inner
+@spliced
 def slabs_of(channels):  # type: ignore[no-untyped-def]
     """How many slabs hold so many channels."""
     return (channels + LANES - 1) // LANES
@@ -246,7 +93,7 @@ def shift_and_reach(offset, factor, size):  # type: ignore[no-untyped-def]
     return (offset * factor) * size, factor * size
 
 
-@inner
+@spliced
 def extent(s, rois, r, scale):  # type: ignore[no-untyped-def]
     """Where a RoI starts and its size, along y and along x."""
     start_y, h = start_and_size(s.rule, rois[r, 2], rois[r, 4], scale)

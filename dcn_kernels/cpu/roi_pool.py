@@ -16,24 +16,9 @@ from dcn_kernels.cpu import workspace
 from dcn_kernels.cpu.bins import MAX, peek, poke, pooled_bin
 from dcn_kernels.cpu.convert import F32, F64, fetch_run
 from dcn_kernels.cpu.jit import inner, kernel
+from dcn_kernels.cpu.roi_blocks import expect, load_block, load_pooled, store_block, store_pooled, turn_out
 from dcn_kernels.cpu.roi_lanes import LANES, SLABS, grid_argmax, grid_max, grid_maxima, rect_add, rect_sum
-from dcn_kernels.cpu.roi_mean import (
-    Plan,
-    array,
-    buffers,
-    expect,
-    extent,
-    load_block,
-    load_pooled,
-    mean,
-    mean_backward,
-    plan,
-    score_map,
-    slabs_of,
-    store_block,
-    store_pooled,
-    turn_out,
-)
+from dcn_kernels.cpu.roi_mean import Plan, array, buffers, extent, mean, mean_backward, plan, score_map, slabs_of
 from dcn_kernels.cpu.slabs import load_pixels
 from dcn_kernels.cpu.threads import barrier, claim, run
 from dcn_kernels.shapes import argmax_error
