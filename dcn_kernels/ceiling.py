@@ -39,12 +39,20 @@ def measure(threads: int, dtype: str, shapes: tuple[Shape, ...] = ()) -> dict[st
     }
 
 
-def _ask(threads: int, request: dict[str, Any]) -> list[dict[str, Any]]:
+def product_memory(threads: int, dtype: str, shape: tuple[int, int, int]) -> int | None:
+    """Bytes by which a fresh process grows in a product of (m, k) and (k, n), operands and result left out.
+
+    None where the system does not tell how much a process held at most.
+    """
+    return _ask(threads, {"dtype": dtype, "memory": shape}, [{}])[0]["memory"]
+
+
+def _ask(threads: int, request: dict[str, Any], tried: list[dict[str, str]] | None = None) -> list[dict[str, Any]]:
     # A BLAS's own threads wait for each other, which on a busy machine takes ten times as long as the work. So each
     # product is cut into one for each thread, of a BLAS that uses one.
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     answers = []
-    for kernels in _kernels(environment):
+    for kernels in _kernels(environment) if tried is None else tried:
         run = subprocess.run(
             [sys.executable, "-I", __file__, json.dumps({"threads": threads, **request})],
             env={**environment, **kernels},
@@ -87,9 +95,9 @@ def main() -> None:
             times.append(perf_counter() - start)
         return min(times)
 
-    def product(m: int, k: int, n: int, seconds: float) -> float:
+    def product(m: int, k: int, n: int) -> Any:
         a, b = (rng.standard_normal(shape, np.float32).astype(request["dtype"]) for shape in ((m, k), (k, n)))
-        c = np.empty((m, n), request["dtype"])
+        c = np.ones((m, n), request["dtype"])
         longest = 0 if m >= n else 1
         parts = [
             (a[rows], b[:, columns], c[rows, columns])
@@ -97,7 +105,7 @@ def main() -> None:
             for part in [slice(int(piece[0]), int(piece[-1]) + 1)]
             for rows, columns in [(part, slice(None)) if longest == 0 else (slice(None), part)]
         ]
-        return best(lambda: list(pool.map(lambda p: np.matmul(p[0], p[1], out=p[2]), parts)), seconds)
+        return lambda: list(pool.map(lambda p: np.matmul(p[0], p[1], out=p[2]), parts))
 
     def copy() -> float:
         source = np.ones(1 << 24, np.float32)
@@ -106,13 +114,30 @@ def main() -> None:
         seconds = best(lambda: list(pool.map(lambda part: np.copyto(*part), parts)), 0.1)
         return 2 * source.nbytes / seconds / 1e9
 
+    def growth(run: Any) -> int | None:
+        try:
+            with open("/proc/self/clear_refs", "w") as refs:
+                refs.write("5")  # the peak starts again at what is held now
+            before = held("VmRSS")
+            run()
+            return held("VmHWM") - before
+        except OSError:
+            return None
+
+    def held(field: str) -> int:
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field))
+
     threads = request["threads"]
     pool = ThreadPoolExecutor(threads)
+    if "memory" in request:
+        sys.stdout.write(json.dumps({"memory": growth(product(*request["memory"]))}))
+        return
     size = 1024
     answer = {
-        "gflops": 2 * size**3 / product(size, size, size, 0.15) / 1e9,
+        "gflops": 2 * size**3 / best(product(size, size, size), 0.15) / 1e9,
         "gbytes_s": copy(),
-        "products_ms": [1e3 * many * product(m, k, n, 0.1) for many, m, k, n in request["shapes"]],
+        "products_ms": [1e3 * many * best(product(m, k, n), 0.1) for many, m, k, n in request["shapes"]],
     }
     sys.stdout.write(json.dumps(answer))
 

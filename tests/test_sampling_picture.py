@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from conftest import ROOT
 from dcn_kernels.cli.bench import main
 
 from dcn_kernels import offset_statistics, stacked_sampling_points
@@ -155,7 +156,11 @@ def test_sampling_draws_the_demonstration_800_pixels_wide(tmp_path: Path) -> Non
     with Image.open(path) as picture:
         assert picture.width == 800
         colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 20)}
+        drawn = np.asarray(picture.convert("RGB"), float)
     assert len(colours) > 20
+    with Image.open(ROOT / "docs" / "sampling.png") as picture:  # README's, by the command that it names
+        shown = np.asarray(picture.convert("RGB"), float)
+    assert shown.shape == drawn.shape and np.abs(shown - drawn).mean() < 2  # other versions draw other letters
 
 
 def test_sampling_draws_own_offsets_over_an_image(tmp_path: Path) -> None:
