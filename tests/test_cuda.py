@@ -6,9 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cuda_host import primitives
 
 from dcn_kernels import arrays as _arrays
 from dcn_kernels import deform_conv2d, deform_conv2d_backward, offset_sample2d_backward
+from dcn_kernels.cuda import compile
+from dcn_kernels.cuda.device import current
 from dcn_kernels.deform_conv import DEFORM_CONV2D
 from dcn_kernels.environment import why_not
 from dcn_kernels.gradcheck import relative_error, tolerance
@@ -33,6 +36,22 @@ def layer(dtype: Any = np.float32, N: int = 4, C: int = 64, H: int = 38, W: int 
         "bias": rng.standard_normal(C),
     }
     return {name: cupy.asarray(array.astype(dtype)) for name, array in arrays.items()}
+
+
+@pytest.mark.parametrize("vectors", [False, True])
+def test_instructions_that_the_stand_in_emulates_are_those_of_the_hardware(vectors: bool) -> None:
+    """The same kernel, the same numbers bit for bit, as test_cuda_host.py has from the CPU."""
+    if vectors and not current().vector_atomics:
+        pytest.skip("cuda: no atomics of 16 bytes before sm_90")
+
+    def launch(flags: dict[str, Any], args: tuple[Any, ...]) -> None:
+        options = ("-std=c++17", *compile.definitions({**flags, "VECTOR_ATOMICS": vectors}))
+        module = cupy.RawModule(code=primitives.source(), options=options, backend="nvrtc")
+        args = tuple(np.uintp(0) if arg is None else arg for arg in args)
+        module.get_function("primitives")((primitives.BLOCKS,), (primitives.THREADS,), args)
+
+    results = primitives.run(launch, cupy.asarray)
+    primitives.compare({name: array.get() for name, array in results.items()})
 
 
 @pytest.mark.parametrize("op", [DEFORM_CONV2D, OFFSET_SAMPLE2D], ids=lambda op: op.name)

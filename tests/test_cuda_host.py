@@ -25,7 +25,8 @@ import numpy as np
 import pytest
 import test_properties
 from conftest import Backend, assert_close
-from cuda_host.host import SCHEDULES, HostDevice, Library, missing
+from cuda_host import primitives
+from cuda_host.host import SCHEDULES, HostDevice, Library, call, missing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -86,17 +87,42 @@ def install(device: HostDevice, monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setitem(sys.modules, path, module)
 
 
+# Differences of every element; the drawn cases compare the same gradients with the reference's.
+LONG = {"test_ops_gradients_are_those_of_the_forward"}
+
+
+def _slow(test: Any) -> Any:
+    """The test under the marker slow, here alone."""
+
+    @functools.wraps(test)
+    def of_this_module(*args: Any, **kwargs: Any) -> None:
+        test(*args, **kwargs)
+
+    of_this_module.pytestmark = [*getattr(test, "pytestmark", ()), pytest.mark.slow]  # type: ignore[attr-defined]
+    return of_this_module
+
+
 def _tests_of_backends() -> dict[str, Any]:
     """The tests of these modules that take a backend; collected here, they get this module's."""
     found = {}
     for stem in ("ops", "deform_conv", "offset_sample", "sampling"):
         for name, test in vars(import_module(f"test_{stem}")).items():
             if name.startswith("test_") and "backend" in inspect.signature(test).parameters:
-                found[f"test_{stem}_{name.removeprefix('test_')}"] = test
+                name = f"test_{stem}_{name.removeprefix('test_')}"
+                found[name] = _slow(test) if name in LONG else test
     return found
 
 
 globals().update(_tests_of_backends())
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_what_the_stand_in_emulates_is_what_cuda_says(library: Library, schedule: str) -> None:
+    def launch(flags: compile.Flags, args: tuple[Any, ...]) -> None:
+        library.runtime.host_set_schedule(SCHEDULES[schedule], 0)
+        call(library.entry(primitives.source(), flags, "primitives"), primitives.BLOCKS, primitives.THREADS, args)
+
+    primitives.compare(primitives.run(launch, lambda array: array))
 
 
 # ---------------------------------------------------------------- drawn cases, under every way to run them

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import ml_dtypes
 import numpy as np
 import pytest
+from cuda_host import primitives
 
 from dcn_kernels.cuda import compile
 from dcn_kernels.cuda.device import Device
@@ -111,6 +112,14 @@ def test_kernels_compile_without_spilling(nvrtc: compile.NVRTC) -> None:
 @pytest.mark.slow
 def test_kernels_compile_without_spilling_for_the_other_architectures(nvrtc: compile.NVRTC) -> None:
     spills(tuple(arch for arch in compile.ARCHS if arch not in ("sm_75", "sm_90", "sm_120")))
+
+
+@pytest.mark.parametrize("arch", ["sm_75", "sm_90"])
+def test_kernel_that_compares_the_stand_in_with_a_gpu_compiles(
+    nvrtc: compile.NVRTC, arch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compile, "source", lambda stem: primitives.source())
+    nvrtc.compile("primitives", {"VECTOR_ATOMICS": arch == "sm_90"}, arch)
 
 
 def test_spill_is_reported(copied: Path, nvrtc: compile.NVRTC) -> None:
