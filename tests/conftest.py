@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import settings
 
 import dcn_kernels
 from dcn_kernels.environment import why_not
@@ -19,9 +21,22 @@ from dcn_kernels.shapes import DTYPES
 
 ROOT = Path(__file__).parent.parent  # the checkout: README.md, Makefile, cli/
 
-# Compiling a kernel takes seconds, so no example has a deadline; the same examples in every run.
-settings.register_profile("same every time", derandomize=True, deadline=None, max_examples=100, database=None)
-settings.load_profile("same every time")
+with suppress(ModuleNotFoundError):  # see pytest_make_collect_report
+    from hypothesis import settings
+
+    # Compiling a kernel takes seconds, so no example has a deadline; the same examples in every run.
+    settings.register_profile("same every time", derandomize=True, deadline=None, max_examples=100, database=None)
+    settings.load_profile("same every time")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
+    """With `-m cuda` a file that lacks a package of tests alone is a skip: nothing is installed where a GPU is lent."""
+    report = yield
+    lacks = re.search(r"No module named '(hypothesis|scipy)", str(report.longrepr)) if report.failed else None
+    if lacks and collector.config.option.markexpr == "cuda":
+        report.outcome, report.longrepr = "skipped", (str(collector.path), 1, f"Skipped: {lacks[1]} is not installed")
+    return report
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
-from cuda_host import primitives
+from cuda_host import primitives, small_calls
 
 from dcn_kernels import arrays as _arrays
 from dcn_kernels import deform_conv2d, deform_conv2d_backward, offset_sample2d_backward
@@ -52,6 +53,27 @@ def test_instructions_that_the_stand_in_emulates_are_those_of_the_hardware(vecto
 
     results = primitives.run(launch, cupy.asarray)
     primitives.compare({name: array.get() for name, array in results.items()})
+
+
+@pytest.fixture
+def memory_by_the_array() -> Iterator[None]:
+    """No pool: what is read or written beyond an array is no other array's."""
+    cupy.cuda.set_allocator(None)
+    yield
+    cupy.cuda.set_allocator(cupy.get_default_memory_pool().malloc)
+
+
+def test_every_kernel_on_small_calls(memory_by_the_array: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `make gpu-sanitize` runs."""
+    honest, run = compile.kernel, set()
+
+    def kernel(stem: str, flags: compile.Flags, name: str) -> Any:
+        run.add((stem, name))
+        return honest(stem, flags, name)
+
+    monkeypatch.setattr(compile, "kernel", kernel)
+    small_calls.run("cuda")
+    assert run == small_calls.every_kernel()
 
 
 @pytest.mark.parametrize("op", [DEFORM_CONV2D, OFFSET_SAMPLE2D], ids=lambda op: op.name)

@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 import test_properties
 from conftest import Backend, assert_close
-from cuda_host import primitives
+from cuda_host import primitives, small_calls
 from cuda_host.host import SCHEDULES, HostDevice, Library, call, missing
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -123,6 +123,13 @@ def test_what_the_stand_in_emulates_is_what_cuda_says(library: Library, schedule
         call(library.entry(primitives.source(), flags, "primitives"), primitives.BLOCKS, primitives.THREADS, args)
 
     primitives.compare(primitives.run(launch, lambda array: array))
+
+
+def test_small_calls_run_every_kernel(device: HostDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So compute-sanitizer, which runs them on a GPU, sees every kernel."""
+    install(device, monkeypatch)
+    small_calls.run(NAME)
+    assert set(device.launched) == small_calls.every_kernel()
 
 
 # ---------------------------------------------------------------- drawn cases, under every way to run them
