@@ -33,9 +33,9 @@ gpu-ready:
 	@ln -s $(CURDIR)/dcn_kernels/* $(GPU_PACKAGE)/dcn_kernels && ln -s $(CURDIR)/cli $(GPU_PACKAGE)/dcn_kernels/cli
 	@command -v $(PYTHON) >/dev/null || { echo "no interpreter $(PYTHON): make gpu PYTHON=/path/to/python" >&2; exit 1; }
 	@$(GPU_PYTHON) -c 'import sys; from importlib.util import find_spec; \
-		missing = [name for name in "numpy numba ml_dtypes click rich pytest".split() if find_spec(name) is None]; \
-		sys.exit(missing and f"{sys.executable} lacks {missing}: nothing is installed here, name another PYTHON")'
-	@$(GPU_PYTHON) -c 'import sys; from dcn_kernels.environment import why_not; sys.exit(why_not("cuda"))'
+		missing = ", ".join(name for name in "numpy numba ml_dtypes click rich pytest".split() if find_spec(name) is None); \
+		sys.exit(f"{sys.executable} lacks {missing}: nothing is installed here, name another PYTHON" if missing else 0)'
+	@$(GPU_PYTHON) -c 'import sys; from dcn_kernels.environment import why_not; sys.exit(why_not("cuda") or 0)'
 
 gpu-test: gpu-ready ## The tests that need a GPU, under 8 minutes
 	$(GPU_PYTHON) $(GPU_PYTEST) --junitxml=$(GPU_RECORDS)/test.xml
