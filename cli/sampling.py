@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 from dcn_kernels.cli import console
 
 KINDS = (".png", ".svg", ".pdf")
@@ -82,6 +83,11 @@ def sampling(
 
     if demo == bool(offsets):
         console.fail("expected either --offset or --demo")
+    context = click.get_current_context()
+    own = [name for name in ("image", "kernel", "stride", "padding", "dilation", "input_size", "index", "group")
+           if demo and context.get_parameter_source(name) is ParameterSource.COMMANDLINE]  # fmt: skip
+    if own:
+        console.fail(f"--demo has its own image and layers: --{own[0].replace('_', '-')} belongs to --offset")
     if demo and not output:
         console.fail("--demo draws a picture: expected -o FILE.png")
     if output:
@@ -142,7 +148,9 @@ def _array(path: str) -> Any:
     try:
         found = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        console.fail(f"--offset: cannot read {path}: {getattr(error, 'strerror', None) or error}")
+        why = getattr(error, "strerror", None) or str(error)
+        why = "no .npy file" if "pickle" in why else why  # NumPy takes all else for a pickle
+        console.fail(f"--offset: cannot read {path}: {why}")
     if not isinstance(found, np.ndarray) or found.ndim != 4:
         console.fail(f"--offset: {path}: expected one array (N, 2*OG*K, OH, OW), got {getattr(found, 'shape', found)}")
     return found
@@ -154,7 +162,7 @@ def _picture(path: str) -> Any:
     try:
         return matplotlib.image.imread(path)
     except (OSError, ValueError, SyntaxError) as error:  # Pillow calls a broken PNG a SyntaxError
-        console.fail(f"--image: cannot read {path}: {error}")
+        console.fail(f"--image: cannot read {path}: {getattr(error, 'strerror', None) or error}")
 
 
 def _sizes(layers: list[dict[str, Any]], input_size: tuple[int, int] | None) -> list[tuple[int, int]]:

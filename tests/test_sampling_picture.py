@@ -187,6 +187,14 @@ def test_sampling_draws_own_offsets_over_an_image(tmp_path: Path) -> None:
         (["--offset", "o.npy", "--kernel", "5"], r"o: offset_statistics: offset: expected shape (N, 2*OG*K, OH, OW)"),
         (["--offset", "o.npy", "-o", "x.bmp"], "expected a name that ends in .png, .svg, .pdf"),
         (["--offset", "o.npy", "-o", "x.png", "--at", "9,9"], "at: expected a position within (OH, OW) = (4, 4)"),
+        (["--offset", "o.npy", "-o", "no/x.png"], "cannot write no/x.png: no folder no"),
+        (["--offset", "o.npy", "-o", "x.png", "--image", "text"], "--image: cannot read text: "),
+        (["--offset", "o.npy", "-o", "x.png", "--image", "none"], "--image: cannot read none: No such file"),
+        (["--offset", "o.npy", "-o", "x.png", "--group", "1"], "group: expected one of the 1 of layers[0].offset"),
+        (["--offset", "o.npy", "--offset", "wide.npy"], "wide: offset_statistics: offset: expected shape"),
+        (["--offset", "whole.npy"], "whole: offset_statistics: offset: expected dtype float16"),
+        (["--offset", "text"], "--offset: cannot read text: no .npy file"),
+        (["--demo", "-o", "x.png", "--kernel", "5"], "--demo has its own image and layers: --kernel belongs to"),
         (["--offset", "flat.npy"], "flat.npy: expected one array (N, 2*OG*K, OH, OW), got (3,)"),
         (["--offset", "o.npy", "--kernel", "3by3"], "expected a whole number or HxW, got '3by3'"),
     ],
@@ -197,8 +205,14 @@ def test_wrong_use_is_one_line_and_exit_code_2(
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
     np.save("o.npy", np.zeros((1, 18, 4, 4)))
+    np.save("wide.npy", np.zeros((1, 18, 9, 9)))
+    np.save("whole.npy", np.zeros((1, 18, 4, 4), int))
     np.save("flat.npy", np.zeros(3))
+    Path("text").write_text("text")
     result = CliRunner().invoke(main, ["sampling", *arguments])
     assert result.exit_code == 2, result.output
     assert message in result.stderr
     assert "Traceback" not in result.output
+    if not result.stderr.startswith("Usage:"):  # of click, for a value that it cannot read
+        assert result.stderr.count("\n") == 1 and result.stderr.startswith("error: ")
+    assert not Path("x.png").exists()
