@@ -22,6 +22,7 @@ from __future__ import annotations
 import ctypes
 import inspect
 import json
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,12 +31,12 @@ from math import prod
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 
 import dcn_kernels
 from dcn_kernels import shapes
-from dcn_kernels.op import Op, call
+from dcn_kernels.op import Op
+from dcn_kernels.op import function as backend_function
 
 TARGET = "dcn_kernels"
 # What only the plain functions take: XLA allocates results and knows the device.
@@ -47,7 +48,12 @@ POINTER = ctypes.c_void_p
 HEAD: list[Any] = [("struct_size", ctypes.c_size_t), ("extension", POINTER)]
 EXECUTE = 3  # the stage at which the arrays are there
 METADATA, INTERNAL_ERROR = 1, 13
-DTYPES = {5: np.int64, 10: np.float16, 11: np.float32, 12: np.float64, 16: ml_dtypes.bfloat16}
+DTYPES = {
+    10: shapes.DTYPES["float16"],
+    11: shapes.DTYPES["float32"],
+    12: shapes.DTYPES["float64"],
+    16: shapes.DTYPES["bfloat16"],
+}
 
 
 class _Version(ctypes.Structure):
@@ -79,22 +85,12 @@ class _StreamGet(ctypes.Structure):
     _fields_ = [*HEAD, ("context", POINTER), ("stream", POINTER)]
 
 
-class _Buffer(ctypes.Structure):
-    _fields_ = [
-        *HEAD,
-        ("dtype", ctypes.c_int),
-        ("data", POINTER),
-        ("rank", ctypes.c_int64),
-        ("dims", ctypes.POINTER(ctypes.c_int64)),
-    ]
-
-
 class _Buffers(ctypes.Structure):
     _fields_ = [
         *HEAD,
         ("size", ctypes.c_int64),
         ("types", POINTER),
-        ("buffers", ctypes.POINTER(ctypes.POINTER(_Buffer))),
+        ("buffers", POINTER),  # to an address of each _BUFFER
     ]
 
 
@@ -124,22 +120,38 @@ class _Frame(ctypes.Structure):
     ]
 
 
-def _numpy_array(buffer: _Buffer) -> np.ndarray:
+# XLA_FFI_Buffer: struct_size, extension, dtype, data, rank, dims. Read by struct, as attributes of ctypes structures
+# take longer and several buffers are read in every call.
+_BUFFER = struct.Struct("@NPiPqP")
+_RAW = ctypes.c_char * _BUFFER.size
+_SIZES = [(struct.Struct(f"@{rank}q"), ctypes.c_char * (8 * rank)) for rank in range(5)]  # by rank, of our arrays
+
+
+def _buffers(buffers: _Buffers) -> list[tuple[int, tuple[int, ...], np.dtype]]:
+    """(address, shape, dtype) of each of XLA's buffers."""
+    found = []
+    for each in (POINTER * buffers.size).from_address(buffers.buffers):
+        _, _, dtype, address, rank, dims = _BUFFER.unpack_from(_RAW.from_address(each))
+        sizes, raw = _SIZES[rank]
+        found.append((address, sizes.unpack_from(raw.from_address(dims)), DTYPES[dtype]))
+    return found
+
+
+def _numpy_array(address: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """XLA's memory as an array, without a copy."""
-    shape, dtype = tuple(buffer.dims[: buffer.rank]), np.dtype(DTYPES[buffer.dtype])
-    if prod(shape) == 0:
+    size = prod(shape) * dtype.itemsize
+    if size == 0:
         return np.empty(shape, dtype)
-    memory = (ctypes.c_byte * (prod(shape) * dtype.itemsize)).from_address(buffer.data)
-    return np.frombuffer(memory, dtype).reshape(shape)
+    return np.ndarray(shape, dtype, (ctypes.c_byte * size).from_address(address))
 
 
-def _cupy_array(buffer: _Buffer) -> Any:
+def _cupy_array(address: int, shape: tuple[int, ...], dtype: np.dtype) -> Any:
     import cupy
 
-    shape, dtype = tuple(buffer.dims[: buffer.rank]), np.dtype(DTYPES[buffer.dtype])
-    if prod(shape) == 0:
+    size = prod(shape) * dtype.itemsize
+    if size == 0:
         return cupy.empty(shape, dtype)
-    memory = cupy.cuda.UnownedMemory(buffer.data, prod(shape) * dtype.itemsize, None)
+    memory = cupy.cuda.UnownedMemory(address, size, None)
     return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(memory, 0))
 
 
@@ -152,34 +164,43 @@ def _xla_stream(frame: _Frame) -> Iterator[None]:
     stream_get = ctypes.CFUNCTYPE(POINTER, POINTER)(frame.api.contents.stream_get)
     if stream_get(ctypes.addressof(arguments)):
         raise RuntimeError("XLA gave no CUDA stream")
-    pointers = [frame.arguments.buffers[i].contents.data for i in range(frame.arguments.size)]
-    device = cupy.cuda.runtime.pointerGetAttributes(next(p for p in pointers if p)).device if any(pointers) else 0
+    addresses = [address for address, _, _ in _buffers(frame.arguments) if address]
+    device = cupy.cuda.runtime.pointerGetAttributes(addresses[0]).device if addresses else 0
     with cupy.cuda.Device(device), cupy.cuda.ExternalStream(arguments.stream or 0, device):
         yield
 
 
-def _run(frame: _Frame, array: Callable[[_Buffer], Any]) -> None:
-    """One call: what to do is in the only attribute, as JSON."""
+def _run(frame: _Frame, backend: str) -> None:
+    """One call: what to do is in the only attribute, as JSON. Shapes and dtypes were checked when it was traced."""
+    array = _ARRAYS[backend]
     span = frame.attributes.values[0].contents
-    what = _parsed(ctypes.string_at(span.data, span.size))
-    given = [array(frame.arguments.buffers[i].contents) for i in range(frame.arguments.size)]
-    results = [array(frame.results.buffers[i].contents) for i in range(frame.results.size)]
-    op = dcn_kernels.OPS[what["op"]]
-    arrays = {**dict.fromkeys(op.arrays), **dict(zip(what["arrays"], given, strict=True))}
-    if what["wrt"] is None:
-        call(op, "forward", arrays, what["params"], out=results[0])
+    op, names, params, wrt = _parsed(ctypes.string_at(span.data, span.size))
+    arrays = dict.fromkeys(op.arrays)
+    arrays.update(zip(names, (array(*buffer) for buffer in _buffers(frame.arguments)), strict=True))
+    results = [array(*buffer) for buffer in _buffers(frame.results)]
+    if "rois" in arrays and (backend != "cuda" or params["validate"]):  # on a GPU reading them would wait
+        shapes.check_rois(op.name, arrays["rois"], arrays["input"].shape[0])
+    if wrt is None:
+        backend_function(op, "forward", backend)(**arrays, **params, out=results[0])
         return
-    grads = call(op, "backward", arrays, what["params"], wrt=what["wrt"])
-    for name, result in zip(what["wrt"], results, strict=True):
+    grads = backend_function(op, "backward", backend)(**arrays, **params, wrt=wrt)
+    for name, result in zip(wrt, results, strict=True):
         result[...] = grads[name]
 
 
+_ARRAYS: dict[str, Callable[..., Any]] = {"cpu": _numpy_array, "cuda": _cupy_array}
+
+
 @lru_cache(maxsize=1024)
-def _parsed(text: bytes) -> dict[str, Any]:
-    return json.loads(text)
+def _parsed(text: bytes) -> tuple[Op, list[str], dict[str, Any], tuple[str, ...] | None]:
+    """What `_call` wrote: the operator, the arrays given, the parameters as a backend takes them, which gradients."""
+    what = json.loads(text)
+    op = dcn_kernels.OPS[what["op"]]
+    wrt = None if what["wrt"] is None else tuple(what["wrt"])
+    return op, what["arrays"], op.parameters(what["params"]), wrt
 
 
-def _handler(array: Callable[[_Buffer], Any], stream: Callable[[_Frame], Any] | None) -> Any:
+def _handler(backend: str) -> Any:
     """A C function that XLA can call. Kept by the caller, or Python would free it."""
 
     @ctypes.CFUNCTYPE(POINTER, ctypes.POINTER(_Frame))
@@ -194,11 +215,11 @@ def _handler(array: Callable[[_Buffer], Any], stream: Callable[[_Frame], Any] | 
         if frame.stage != EXECUTE:
             return None
         try:
-            if stream is None:
-                _run(frame, array)
+            if backend == "cpu":
+                _run(frame, backend)
             else:
-                with stream(frame):
-                    _run(frame, array)
+                with _xla_stream(frame):
+                    _run(frame, backend)
         except BaseException as error:  # nothing may pass through C
             message = f"{type(error).__name__}: {error}".encode()
             arguments = _ErrorCreate(ctypes.sizeof(_ErrorCreate), None, message, INTERNAL_ERROR)
@@ -209,7 +230,7 @@ def _handler(array: Callable[[_Buffer], Any], stream: Callable[[_Frame], Any] | 
     return handle
 
 
-_HANDLERS = {"cpu": _handler(_numpy_array, None), "CUDA": _handler(_cupy_array, _xla_stream)}
+_HANDLERS = {"cpu": _handler("cpu"), "CUDA": _handler("cuda")}
 for _platform, _function in _HANDLERS.items():
     jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(_function), platform=_platform)
 

@@ -79,14 +79,17 @@ def test_vmap_of_values_and_gradients_gives_what_a_loop_gives(op: Op, sample: Sa
 
 def test_only_the_gradients_that_are_needed_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    call = functions.call
+    of_backend = functions.backend_function
 
-    def spy(op: Op, direction: str, *args: Any, **kwargs: Any) -> Any:
-        if direction == "backward":
-            asked.append(list(kwargs["wrt"]))
-        return call(op, direction, *args, **kwargs)
+    def spy(op: Op, direction: str, backend: str) -> Any:
+        def run(**kwargs: Any) -> Any:
+            if direction == "backward":
+                asked.append(list(kwargs["wrt"]))
+            return of_backend(op, direction, backend)(**kwargs)
 
-    monkeypatch.setattr(functions, "call", spy)
+        return run
+
+    monkeypatch.setattr(functions, "backend_function", spy)
     op, sample = FIRST[0].values
     arrays = jax_arrays(sample.arrays)
     for name in op.differentiable:
@@ -98,13 +101,16 @@ def test_only_the_gradients_that_are_needed_are_computed(monkeypatch: pytest.Mon
 
 def test_nothing_is_copied_on_the_way_in_and_the_result_is_written_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    call = functions.call
+    of_backend = functions.backend_function
 
-    def spy(op: Op, direction: str, arrays: dict[str, Any], params: Any, **kwargs: Any) -> Any:
-        seen.append((arrays["input"].ctypes.data, kwargs["out"].ctypes.data))
-        return call(op, direction, arrays, params, **kwargs)
+    def spy(op: Op, direction: str, backend: str) -> Any:
+        def run(**kwargs: Any) -> Any:
+            seen.append((kwargs["input"].ctypes.data, kwargs["out"].ctypes.data))
+            return of_backend(op, direction, backend)(**kwargs)
 
-    monkeypatch.setattr(functions, "call", spy)
+        return run
+
+    monkeypatch.setattr(functions, "backend_function", spy)
     image, offset = jax.numpy.ones((1, 4, 16, 16)), jax.numpy.zeros((1, 2, 16, 16))
     got = jax.jit(functions.offset_sample2d)(image, offset).block_until_ready()
     assert seen == [(image.unsafe_buffer_pointer(), got.unsafe_buffer_pointer())]
