@@ -98,6 +98,8 @@ def _check_torch(op: str, name: str, tensor: Any) -> None:
             f"{op}: {name}: expected a tensor without requires_grad, as no gradient is recorded here, got one that "
             f"requires it: use dcn_kernels.torch, torch.no_grad() or detach()"
         )
+    if torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:
+        raise TypeError(f"{op}: {name}: expected a tensor without a tangent: there is no forward mode")
     if tensor.layout != torch.strided:
         raise TypeError(f"{op}: {name}: expected a tensor of layout torch.strided, got {tensor.layout}")
 
@@ -171,12 +173,22 @@ def _to_other(array: np.ndarray, like: Any) -> Any:
 def _plain_torch(everything: dict[str, Any]) -> dict[str, np.ndarray] | None:
     """The usual case, in a few microseconds: torch's own tensors on the CPU with nothing special about them."""
     torch = sys.modules.get("torch")
-    if torch is None or not all(type(array) is torch.Tensor for array in everything.values()):
+    if torch is None or torch.autograd.forward_ad._current_level >= 0:
         return None
-    try:
-        return {name: array.numpy() for name, array in everything.items()}  # refuses all that is special
-    except (TypeError, RuntimeError):
-        return None
+    plain = {}
+    recorded = torch.is_grad_enabled()
+    for name, array in everything.items():
+        if type(array) is not torch.Tensor and type(array) is not torch.nn.Parameter:
+            return None
+        if array.requires_grad:
+            if recorded:
+                return None
+            array = array.detach()
+        try:
+            plain[name] = array.numpy()  # refuses all that is special
+        except (TypeError, RuntimeError):
+            return None
+    return plain
 
 
 @contextmanager

@@ -38,6 +38,9 @@ from dcn_kernels import shapes
 from dcn_kernels.op import Op
 from dcn_kernels.op import function as backend_function
 
+if not hasattr(jax, "ffi"):
+    raise ImportError(f"dcn_kernels.jax: expected a JAX with jax.ffi (0.5 or newer), got JAX {jax.__version__}")
+
 TARGET = "dcn_kernels"
 # What only the plain functions take: XLA allocates results and knows the device.
 PLAIN_ONLY = ("out", "backend", "return_argmax")
@@ -142,7 +145,8 @@ def _numpy_array(address: int, shape: tuple[int, ...], dtype: np.dtype) -> np.nd
     size = prod(shape) * dtype.itemsize
     if size == 0:
         return np.empty(shape, dtype)
-    return np.ndarray(shape, dtype, (ctypes.c_byte * size).from_address(address))
+    memory: Any = (ctypes.c_byte * size).from_address(address)
+    return np.ndarray(shape, dtype, memory)
 
 
 def _cupy_array(address: int, shape: tuple[int, ...], dtype: np.dtype) -> Any:
@@ -175,7 +179,7 @@ def _run(frame: _Frame, backend: str) -> None:
     array = _ARRAYS[backend]
     span = frame.attributes.values[0].contents
     op, names, params, wrt = _parsed(ctypes.string_at(span.data, span.size))
-    arrays = dict.fromkeys(op.arrays)
+    arrays: dict[str, Any] = dict.fromkeys(op.arrays)
     arrays.update(zip(names, (array(*buffer) for buffer in _buffers(frame.arguments)), strict=True))
     results = [array(*buffer) for buffer in _buffers(frame.results)]
     if "rois" in arrays and (backend != "cuda" or params["validate"]):  # on a GPU reading them would wait

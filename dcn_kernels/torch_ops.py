@@ -1,7 +1,10 @@
 """Every operator of the registry as a `torch.library` operator, made from its row: fake, autograd, autocast and vmap.
 
 An operator `name` becomes `torch.ops.dcn_kernels.name` and its gradient `torch.ops.dcn_kernels.name_backward`. What the
-caller gets is a function with the plain function's own signature, less `out` and `backend`.
+caller gets is a function with the plain function's own signature, less `out` and `backend`. Where something watches
+torch's operators (torch.compile, export, tracing, a profiler, a dispatch mode) it calls the operator. Elsewhere it
+calls the same code through a `torch.autograd.Function`, as torch's way to an operator in Python takes longer than a
+small layer.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 import dcn_kernels
 from dcn_kernels import shapes
@@ -27,6 +31,7 @@ DTYPES = {
     torch.float64: shapes.DTYPES["float64"],
 }
 HALVES = (torch.float16, torch.bfloat16)
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 # The plain functions' annotations as types of a torch schema.
 SCHEMA_TYPES = {
     "int": "int",
@@ -68,6 +73,17 @@ class Arguments:
         arrays = dict(zip(self.arrays, values[: len(self.arrays)], strict=True))
         return arrays, dict(zip(self.params, values[len(self.arrays) :], strict=True))
 
+    def wanted(self, needed: Sequence[bool]) -> list[bool]:
+        """Which differentiable arguments need a gradient, from a flag for each array."""
+        flags = dict(zip(self.arrays, needed, strict=False))
+        return [flags[name] for name in self.op.differentiable]
+
+    def spread(self, grads: Sequence[Any], wanted: Sequence[bool]) -> list[Any]:
+        """The wanted gradients as one for each array, None for the others."""
+        names = [name for name, flag in zip(self.op.differentiable, wanted, strict=True) if flag]
+        found = dict(zip(names, grads, strict=True))
+        return [found.get(name) for name in self.arrays]
+
 
 def arguments_of(op: Op) -> Arguments:
     """Read the plain function's signature."""
@@ -89,15 +105,21 @@ def _describe(op: Op, arrays: dict[str, torch.Tensor | None]) -> dict[str, Descr
     return known
 
 
+def _gradients(op: Op, arrays: dict[str, Any], params: Params, wanted: Sequence[bool]) -> list[torch.Tensor]:
+    """Those of the differentiable arguments that are wanted; `arrays` has grad_output too."""
+    names = [name for name, flag in zip(op.differentiable, wanted, strict=True) if flag]
+    grads = call(op, "backward", arrays, params, wrt=names)
+    return [grads[name] for name in names]
+
+
 def _register(arguments: Arguments) -> Any:
     """Define the forward and its gradient as operators, and tie them together."""
     op = arguments.op
     schema = arguments.schema()
 
     def forward(*values: Any) -> torch.Tensor:
-        arrays, params = arguments.split(values)
         with torch.no_grad():
-            return call(op, "forward", arrays, params)
+            return call(op, "forward", *arguments.split(values))
 
     def forward_fake(*values: Any) -> torch.Tensor:
         arrays, params = arguments.split(values)
@@ -108,10 +130,8 @@ def _register(arguments: Arguments) -> Any:
 
     def backward(grad_output: torch.Tensor, *values: Any) -> list[torch.Tensor]:
         arrays, params = arguments.split(values[:-1])
-        wanted = [name for name, flag in zip(op.differentiable, values[-1], strict=True) if flag]
         with torch.no_grad():
-            grads = call(op, "backward", {"grad_output": grad_output, **arrays}, params, wrt=wanted)
-        return [grads[name] for name in wanted]
+            return _gradients(op, {"grad_output": grad_output, **arrays}, params, values[-1])
 
     def backward_fake(grad_output: torch.Tensor, *values: Any) -> list[torch.Tensor]:
         arrays, _ = arguments.split(values[:-1])
@@ -136,16 +156,76 @@ def _register(arguments: Arguments) -> Any:
         ctx.params = inputs[count:]
 
     def gradients(ctx: Any, grad_output: torch.Tensor) -> tuple[Any, ...]:
-        needed = dict(zip(arguments.arrays, ctx.needs_input_grad, strict=False))
-        wanted = [needed[name] for name in op.differentiable]
-        names = [name for name in op.differentiable if needed[name]]
-        grads = dict(zip(names, backward_op(grad_output, *ctx.saved_tensors, *ctx.params, wanted), strict=True))
-        return (*(grads.get(name) for name in arguments.arrays), *(None for _ in arguments.params))
+        wanted = arguments.wanted(ctx.needs_input_grad)
+        grads = backward_op(grad_output, *ctx.saved_tensors, *ctx.params, wanted)
+        return (*arguments.spread(grads, wanted), *(None for _ in arguments.params))
 
     forward_op.register_autograd(gradients, setup_context=setup)
     forward_op.register_vmap(_one_by_one(forward_op))
     backward_op.register_vmap(_one_by_one(backward_op))
     return forward_op
+
+
+def _autograd_function(arguments: Arguments) -> Callable[..., torch.Tensor]:
+    """The operator as a function of its arrays and a dict of parameters, for autograd and for torch.func."""
+    op, names = arguments.op, arguments.arrays
+
+    class Gradient(torch.autograd.Function):
+        @staticmethod
+        def forward(params: Params, wanted: list[bool], grad_output: Any, *tensors: Any) -> Any:  # type: ignore[override]
+            arrays = {"grad_output": grad_output, **dict(zip(names, tensors, strict=True))}
+            return tuple(_gradients(op, arrays, params, wanted))
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            pass
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            raise RuntimeError(
+                f"{op.name}: expected a first derivative, got a second one, for which there is no formula"
+            )
+
+        @staticmethod
+        def vmap(*args: Any) -> Any:
+            grads, dims = _one_by_one(Gradient.apply)(*args)
+            return tuple(grads), tuple(dims)
+
+    class Forward(torch.autograd.Function):
+        @staticmethod
+        def forward(params: Params, *tensors: Any) -> Any:  # type: ignore[override]
+            return call(op, "forward", dict(zip(names, tensors, strict=True)), params)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            ctx.params = inputs[0]
+            ctx.save_for_backward(*inputs[1:])
+
+        @staticmethod
+        def backward(ctx: Any, grad_output: torch.Tensor) -> Any:  # type: ignore[override]
+            wanted = arguments.wanted(ctx.needs_input_grad[1:])
+            # a call of its own in autograd only where it could be differentiated or transformed again
+            recorded = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+            run = Gradient.apply if recorded else Gradient.forward
+            return (None, *arguments.spread(run(ctx.params, wanted, grad_output, *ctx.saved_tensors), wanted))
+
+        @staticmethod
+        def vmap(*args: Any) -> Any:
+            return _one_by_one(Forward.apply)(*args)
+
+    Forward.__name__ = Forward.__qualname__ = op.name  # a result's grad_fn shows it
+    # Function.apply binds its arguments by inspect.signature, which takes longer than all else here; the method below
+    # it does the work where no transform of torch.func is active.
+    direct = super(torch.autograd.Function, Forward).apply
+
+    def apply(arrays: dict[str, Any], params: Params) -> torch.Tensor:
+        if torch._C._are_functorch_transforms_active():
+            return Forward.apply(params, *arrays.values())
+        if torch.is_grad_enabled() and any(array is not None and array.requires_grad for array in arrays.values()):
+            return direct(params, *arrays.values())
+        return call(op, "forward", arrays, params)
+
+    return apply
 
 
 def _one_by_one(operator: Any) -> Callable[..., Any]:
@@ -168,6 +248,8 @@ def _one_by_one(operator: Any) -> Callable[..., Any]:
 
 def _autocast(op: Op, arrays: dict[str, torch.Tensor | None]) -> None:
     """Under autocast, input and weights in its half precision; coordinates stay float32 where they are."""
+    if not torch._C._is_any_autocast_enabled():
+        return
     first = arrays[next(iter(op.arrays))]
     device = first.device.type  # type: ignore[union-attr]
     if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
@@ -180,51 +262,62 @@ def _autocast(op: Op, arrays: dict[str, torch.Tensor | None]) -> None:
             arrays[name] = tensor.to(half)
 
 
-def _nothing_to_record(arrays: dict[str, Any]) -> bool:
-    """No gradient, cast, trace, transform or mode asks for the operator: the plain call does, in half the time."""
-    grad = torch.is_grad_enabled()
+def _watched(arrays: dict[str, Any]) -> bool:
+    """Something wants to see torch's operators called, or a tensor is of another class or device than torch's usual."""
     for array in arrays.values():
-        if array is not None and (
-            type(array) not in (torch.Tensor, torch.nn.Parameter)
-            or (grad and array.requires_grad)
-            or not (array.is_cpu or array.is_cuda)
-        ):
-            return False
-    return not (
-        torch._C._is_any_autocast_enabled()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._len_torch_dispatch_stack()
+        if array is not None and (type(array) not in PLAIN or not (array.is_cpu or array.is_cuda)):
+            return True
+    return bool(
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch.autograd._profiler_enabled()
         or torch.jit.is_tracing()
     )
+
+
+def _refuse_tangents(op: Op, arrays: dict[str, Any]) -> None:
+    """torch would drop them without a word."""
+    for name, array in arrays.items():
+        if isinstance(array, torch.Tensor) and forward_ad.unpack_dual(array).tangent is not None:
+            raise RuntimeError(f"{op.name}: {name}: expected a tensor without a tangent, as there is no forward mode")
 
 
 def function_of(op: Op) -> Callable[..., torch.Tensor]:
     """The operator as a function on tensors, with the plain function's signature."""
     arguments = arguments_of(op)
-    operator = _register(arguments)
+    operator, apply = _register(arguments), _autograd_function(arguments)
     parameters = list(arguments.signature.parameters.values())
     missing = object()
     template = {p.name: missing if p.default is p.empty else p.default for p in parameters}
     positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    required = [name for name in arguments.params if template[name] is missing]
     first = next(iter(op.arrays))
 
     def function(*args: Any, **kwargs: Any) -> torch.Tensor:
         # By hand, as torch.compile does not trace inspect.Signature.bind.
         if len(args) > len(positional):
             raise TypeError(f"{op.name}: expected at most {len(positional)} positional arguments, got {len(args)}")
-        values = {**template, **dict(zip(positional, args, strict=False))}
-        for name, value in kwargs.items():
-            if name not in values or name in positional[: len(args)]:
-                why = "it twice" if name in values else "an unknown argument"
+        values: dict[str, Any] = dict(template)
+        values.update(zip(positional, args, strict=False))
+        given = positional[: len(args)]
+        for name in kwargs:
+            if name not in template or name in given:
+                why = "it twice" if name in given else "an unknown argument"
                 raise TypeError(f"{op.name}: {name}: expected one of {', '.join(template)}, each once, got {why}")
-            values[name] = value
+        values.update(kwargs)
         arrays = {name: values[name] for name in arguments.arrays}
         params = {name: values[name] for name in arguments.params}
         if torch.are_deterministic_algorithms_enabled() and "deterministic" in params:
             params["deterministic"] = True
-        if not torch.compiler.is_compiling() and _nothing_to_record(arrays):
-            plain = {n: a.detach() if type(a) is torch.nn.Parameter else a for n, a in arrays.items()}
-            return call(op, "forward", plain, params)
+        for name in required:
+            if params[name] is missing:
+                raise TypeError(f"{op.name}: {name}: expected a value, got none")
+        compiling = torch.compiler.is_compiling()
+        if not compiling and forward_ad._current_level >= 0:
+            _refuse_tangents(op, arrays)
+        if not compiling and not _watched(arrays):
+            _autocast(op, arrays)
+            return apply(arrays, params)
         for name, array in arrays.items():
             if not isinstance(array, torch.Tensor) and not (array is None and name in op.optional):
                 got = "none" if array is missing else type(array).__name__
@@ -234,11 +327,8 @@ def function_of(op: Op) -> Callable[..., torch.Tensor]:
                     f"{op.name}: {name}: expected a tensor on {arrays[first].device} as {first} is, "
                     f"got one on {array.device}"
                 )
-        for name, value in params.items():
-            if value is missing:
-                raise TypeError(f"{op.name}: {name}: expected a value, got none")
         _autocast(op, arrays)
-        if not torch.compiler.is_compiling():
+        if not compiling:
             op.parameters(params)  # our own words for a wrong one, before the schema's
         for name in arguments.pairs:
             value = params[name]

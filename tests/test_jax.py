@@ -72,9 +72,10 @@ def test_vmap_of_values_and_gradients_gives_what_a_loop_gives(op: Op, sample: Sa
             return (function(op, sample)({**arrays, name: array}) ** 2).sum()
 
         stacked = jax.numpy.stack([arrays[name], arrays[name] / 2])
-        for each in (loss, jax.grad(loss)):
-            got = jax.vmap(each)(stacked)
-            np.testing.assert_allclose(got, [each(part) for part in stacked], rtol=1e-12, atol=1e-12)
+        both = jax.jit(jax.value_and_grad(loss))
+        wants = [both(part) for part in stacked]
+        for got, want in zip(jax.vmap(both)(stacked), zip(*wants, strict=True), strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-12)
 
 
 def test_only_the_gradients_that_are_needed_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,6 +145,28 @@ def test_no_regions_give_an_empty_result_and_zero_gradients() -> None:
     image, rois = jax.numpy.ones((1, 1, 4, 4)), jax.numpy.zeros((0, 5))
     assert functions.roi_pool(image, rois, 2).shape == (0, 1, 2, 2)
     assert not jax.grad(lambda image: functions.roi_pool(image, rois, 2).sum())(image).any()
+
+
+def test_forward_mode_and_second_derivatives_are_errors() -> None:
+    image, offset = jax.numpy.ones((1, 1, 2, 2)), jax.numpy.zeros((1, 2, 2, 2))
+    square = lambda image: (functions.offset_sample2d(image, offset) ** 2).sum()  # noqa: E731
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(square, (image,), (image,))
+    with pytest.raises(ValueError, match="cannot be differentiated"):
+        jax.grad(lambda image: jax.grad(square)(image).sum())(image)
+
+
+def test_exported_once_for_all_sizes() -> None:
+    from jax import export
+
+    scope = export.SymbolicScope()
+    shapes = [export.symbolic_shape(shape, scope=scope) for shape in ("n, 4, h, 8", "n, 2, h, 8")]
+    exported = export.export(
+        jax.jit(functions.offset_sample2d), disabled_checks=[export.DisabledSafetyCheck.custom_call("dcn_kernels")]
+    )(*(jax.ShapeDtypeStruct(shape, "float32") for shape in shapes))
+    image = jax.numpy.arange(480, dtype="float32").reshape(3, 4, 5, 8)
+    offset = jax.numpy.full((3, 2, 5, 8), 0.5, "float32")
+    np.testing.assert_array_equal(exported.call(image, offset), functions.offset_sample2d(image, offset))
 
 
 def test_many_compiled_calls_at_once() -> None:

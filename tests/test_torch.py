@@ -147,10 +147,86 @@ def test_vmap_gives_what_a_loop_gives_over_any_argument(op: Op, sample: Sample) 
         assert torch.equal(torch.vmap(one, in_dims=-1)(stacked), want)
 
 
-def test_torch_func_grad_is_an_error_of_torch_and_no_wrong_number() -> None:
-    offset = torch.zeros(1, 2, 2, 2)
-    with pytest.raises(RuntimeError, match="functorch transforms"):
-        torch.func.grad(lambda image: layers.offset_sample2d(image, offset).sum())(torch.rand(1, 1, 2, 2))
+@pytest.mark.parametrize(("op", "sample"), FIRST)
+def test_torch_func_gives_the_gradients_of_autograd_also_one_for_each_element(op: Op, sample: Sample) -> None:
+    arrays = tensors(op, sample, grad=False)
+    for name in op.differentiable:
+
+        def loss(array: Any, name: str = name) -> Any:
+            return (function(op)(**{**arrays, name: array}, **sample.params) ** 2).sum()
+
+        stacked = torch.stack([arrays[name], arrays[name] / 2])
+        wants = []
+        for part in stacked:
+            part = part.clone().requires_grad_()
+            loss(part).backward()
+            wants.append(part.grad)
+        torch.testing.assert_close(torch.func.grad(loss)(stacked[0]), wants[0])
+        torch.testing.assert_close(torch.vmap(torch.func.grad(loss))(stacked), torch.stack(wants))
+
+
+def test_torch_func_jacrev_is_the_derivative() -> None:
+    image, offset = torch.rand(1, 1, 2, 3), torch.full((1, 2, 2, 3), 0.25)
+    jacobian = torch.func.jacrev(lambda image: layers.offset_sample2d(image, offset))(image)
+    torch.testing.assert_close((jacobian * image).sum((4, 5, 6, 7)), layers.offset_sample2d(image, offset))  # linear
+
+
+def test_forward_mode_is_an_error_and_no_wrong_number() -> None:
+    image, offset = torch.rand(1, 1, 2, 2), torch.zeros(1, 2, 2, 2)
+    with pytest.raises(RuntimeError, match="offset_sample2d: input: expected a tensor without a tangent"):
+        torch.func.jvp(lambda image: layers.offset_sample2d(image, offset), (image,), (image,))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(image, image)
+        for module, error in ((layers, RuntimeError), (dcn_kernels, TypeError)):
+            with pytest.raises(error, match="offset_sample2d: input: expected a tensor without a tangent"):
+                module.offset_sample2d(dual, offset)
+            assert torch.equal(module.offset_sample2d(image, offset), image)
+
+
+@pytest.mark.parametrize(("op", "sample"), FIRST)
+def test_the_operator_itself_gives_what_the_function_gives(op: Op, sample: Sample) -> None:
+    """The function calls it only where something watches torch's operators."""
+    operator = getattr(torch.ops.dcn_kernels, op.name)
+    grads, results = [], []
+    for each in (False, True):
+        arrays = tensors(op, sample)
+        values = values_of(op, arrays, sample.params)
+        results.append(operator(*values) if each else function(op)(**arrays, **sample.params))
+        results[-1].sum().backward()
+        grads.append([arrays[name].grad for name in op.differentiable if name in arrays])
+    assert torch.equal(*results)
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    plain = [value.detach() if isinstance(value, torch.Tensor) else value for value in values]
+    stacked = torch.stack([plain[0], plain[0] / 2])
+    want = torch.stack([operator(part, *plain[1:]) for part in stacked])
+    assert torch.equal(torch.vmap(lambda part: operator(part, *plain[1:]))(stacked), want)
+
+
+class Seen(torch.overrides.TorchFunctionMode):
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_what_watches_operators_sees_ours() -> None:
+    layer = layers.DeformConv2dPack(2, 3, 3, padding=1)
+    image = torch.rand(1, 2, 4, 4)
+    want = layer(image)
+    with torch.profiler.profile() as profile:
+        layer(image)
+    assert "dcn_kernels::deform_conv2d" in [event.key for event in profile.key_averages()]
+    with Seen() as seen:
+        layer(image)
+    assert "dcn_kernels.deform_conv2d.default" in seen.names
+    graph = torch.fx.experimental.proxy_tensor.make_fx(layer)(image)
+    assert "dcn_kernels.deform_conv2d" in graph.code
+    program = torch.export.export(layer, (torch.rand(3, 2, 4, 4),), dynamic_shapes=({0: torch.export.Dim("N")},))
+    for other in (graph, torch.jit.trace(layer, image), program.module()):
+        assert torch.equal(other(image), want)
 
 
 def test_checkpoint_gives_the_same_gradients() -> None:
@@ -190,6 +266,13 @@ def test_use_deterministic_algorithms_reaches_forward_and_gradient(monkeypatch: 
 def test_a_second_derivative_is_an_error() -> None:
     image, offset = torch.rand(1, 1, 2, 2, requires_grad=True), torch.zeros(1, 2, 2, 2)
     (grad,) = torch.autograd.grad((layers.offset_sample2d(image, offset) ** 2).sum(), image, create_graph=True)
+    with pytest.raises(RuntimeError, match="offset_sample2d: expected a first derivative, got a second one"):
+        grad.sum().backward()
+    square = lambda image: (layers.offset_sample2d(image, offset) ** 2).sum()  # noqa: E731
+    with pytest.raises(RuntimeError, match="offset_sample2d: expected a first derivative, got a second one"):
+        torch.func.grad(lambda image: torch.func.grad(square)(image).sum())(image.detach())
+    (grad,) = torch.autograd.grad(torch.ops.dcn_kernels.offset_sample2d(image, offset, "edge", False).sum(), image,
+                                  create_graph=True)  # fmt: skip
     with pytest.raises(RuntimeError, match="no autograd formula was registered"):
         grad.sum().backward()
 
@@ -371,6 +454,7 @@ model = torch.nn.Sequential(DeformConv2dPack(2, 4, 3, padding=1), torch.nn.Tanh(
 for parameter in model.parameters():
     torch.nn.init.normal_(parameter, 0, 0.1)
 images, targets = torch.rand(4, 4, 2, 6, 6).double(), torch.rand(4, 4, 3, 6, 6).double()
+before = {name: value.clone() for name, value in model.state_dict().items()}
 trained = model
 if world > 1:
     dist.init_process_group("gloo", init_method="file://" + file, rank=rank, world_size=world)
@@ -381,6 +465,7 @@ for image, target in zip(images, targets):
     optimizer.zero_grad()
     torch.nn.functional.mse_loss(trained(image[part]), target[part]).backward()
     optimizer.step()
+assert all((value != before[name]).any() for name, value in model.state_dict().items())
 if rank == 0:
     torch.save(model.state_dict(), out)
 if world > 1:
@@ -390,19 +475,19 @@ if world > 1:
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no distributed part")
 def test_two_processes_train_to_the_weights_of_one(tmp_path: Path) -> None:
-    states = []
-    for world in (1, 2):
-        out, file = tmp_path / f"{world}.pt", tmp_path / f"meet{world}"
-        environment = {**os.environ, "DCN_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-        running = [
-            subprocess.Popen([sys.executable, "-c", TRAIN, str(rank), str(world), str(file), str(out)], env=environment)
-            for rank in range(world)
-        ]
-        try:
-            assert [process.wait(timeout=120) for process in running] == [0] * world
-        finally:
-            for process in running:
-                process.kill()
-        states.append(torch.load(out))
-    for name, one in states[0].items():
-        torch.testing.assert_close(states[1][name], one, rtol=1e-12, atol=1e-12, msg=name)
+    environment = {**os.environ, "DCN_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    running = []
+    for world in (1, 2):  # all three at once
+        files = [str(tmp_path / f"meet{world}"), str(tmp_path / f"{world}.pt")]
+        for rank in range(world):
+            command = [sys.executable, "-c", TRAIN, str(rank), str(world), *files]
+            running.append(subprocess.Popen(command, env=environment))
+    try:
+        assert [process.wait(timeout=120) for process in running] == [0, 0, 0]
+    finally:
+        for process in running:
+            process.kill()
+    one, two = (torch.load(tmp_path / f"{world}.pt") for world in (1, 2))
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-12, atol=1e-12, msg=name)
