@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 import dcn_kernels
+from dcn_kernels.cpu import jit
 
 RUN = """
 import sys
@@ -57,3 +59,22 @@ def test_edited_sampler_changes_the_result_of_deform_conv2d_on_the_next_run(tmp_
     assert source.count(WEIGHT) == 1
     sampling.write_text(source.replace(WEIGHT, EDITED))
     assert (run(tmp_path) == 2 * image).all()
+
+
+def test_an_inner_function_has_no_machine_code_of_its_own() -> None:
+    """It is optimised and assembled inside the kernels that call it, once; called from Python it would crash."""
+
+    @jit.inner
+    def twice(x):  # type: ignore[no-untyped-def]
+        return 2 * x
+
+    @jit.kernel
+    def worker(x):  # type: ignore[no-untyped-def]
+        return twice(x) + 1
+
+    assert worker(20) == 41
+    (overload,) = twice.overloads.values()
+    assert "ret" in overload.library.get_llvm_str()
+    assert overload.library.get_pointer_to_function(overload.fndesc.llvm_func_name) == 0
+    with pytest.raises(TypeError, match="twice: only compiled functions can call it"):
+        twice(20)

@@ -11,11 +11,15 @@ import inspect
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numba
 from numba import types
 from numba.core.caching import FunctionCache, IndexDataCacheFile, NullCache
+from numba.core.codegen import JITCodeLibrary
+from numba.core.compiler import Compiler
+from numba.core.registry import CPUDispatcher
 from numba.extending import intrinsic as _intrinsic
 from numba.np.unsafe.ndarray import to_fixed_tuple as _to_fixed_tuple
 
@@ -24,10 +28,11 @@ _log = logging.getLogger("dcn_kernels")
 # mypy would hold callers in compiled code to the Python signatures
 intrinsic: Any = _intrinsic
 to_fixed_tuple: Any = _to_fixed_tuple
+_njit: Any = numba.njit  # not all of its options are in its signature
 
 # Contraction and reassociation let loops use fused multiply-add and vectors. No flag that assumes there are no NaNs:
 # it would delete the checks of coordinates.
-FASTMATH = {"contract", "reassoc", "nsz"}
+OPTIONS = {"error_model": "numpy", "fastmath": {"contract", "reassoc", "nsz"}}
 
 
 def _source_stamp() -> str:
@@ -71,7 +76,7 @@ def _say(function: Callable[..., Any], where: str) -> None:
 
 def kernel(function: Callable[..., Any]) -> Any:
     """Compile a worker that Python calls: without the GIL, cached on disk."""
-    dispatcher: Any = numba.njit(nogil=True, error_model="numpy", fastmath=FASTMATH)(function)
+    dispatcher: Any = _njit(**OPTIONS, nogil=True, no_cfunc_wrapper=True)(function)
     try:
         dispatcher._cache = _FolderCache(function)
     except RuntimeError:  # no writable folder
@@ -79,14 +84,50 @@ def kernel(function: Callable[..., Any]) -> Any:
     return dispatcher
 
 
+class _Part(JITCodeLibrary):
+    """The code of an inner function: linked into the kernels that call it, and optimised and assembled there alone.
+
+    Numba would do both for the function on its own, and again in each function that calls it: a sixth of the time
+    that the kernels take to compile.
+    """
+
+    codegen = SimpleNamespace(set_env=lambda name, env: None)  # nothing is loaded that needs its globals
+
+    def _optimize_final_module(self) -> None:
+        pass
+
+    def _finalize_final_module(self) -> None:
+        self._finalized = True
+
+    def get_pointer_to_function(self, name: str) -> int:
+        return 0
+
+
+class _PartCompiler(Compiler):
+    def compile_extra(self, function: Callable[..., Any]) -> Any:
+        self.state.library = _Part(self.state.targetctx.codegen(), function.__qualname__)
+        return super().compile_extra(function)
+
+
+class _Inner(CPUDispatcher):
+    """There is no machine code to call from Python."""
+
+    def __call__(self, *args: Any) -> Any:
+        raise TypeError(f"{self.py_func.__name__}: only compiled functions can call it")
+
+
 def inner(function: Callable[..., Any]) -> Any:
     """Compile a function that only kernels call."""
-    return numba.njit(error_model="numpy", fastmath=FASTMATH)(function)
+    dispatcher: Any = _njit(**OPTIONS, pipeline_class=_PartCompiler, no_cpython_wrapper=True, no_cfunc_wrapper=True)(
+        function
+    )
+    dispatcher.__class__ = _Inner
+    return dispatcher
 
 
 def spliced(function: Callable[..., Any]) -> Any:
     """A function whose text becomes part of its callers' before anything is compiled."""
-    return numba.njit(error_model="numpy", fastmath=FASTMATH, inline="always")(function)
+    return _njit(**OPTIONS, inline="always")(function)
 
 
 @intrinsic
