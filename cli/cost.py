@@ -52,18 +52,27 @@ def cost(
     chosen = [known[name] for name in dict.fromkeys(names or NETWORKS)]
     layers = [layer for network in chosen for layer in network.layers]
     measured: list[Any] = [None] * len(layers)
+    interrupted = False
     if not no_time:
         with console.progress("cost") as report:
-            measured = network_cost.measure(layers, backend=backend, threads=threads, budget=budget, progress=report)
+            try:
+                measured = network_cost.measure(
+                    layers, backend=backend, threads=threads, budget=budget, progress=report
+                )
+            except KeyboardInterrupt:
+                interrupted = True
     of_layer = iter(measured)
     found = {network.name: _summary(network, [next(of_layer) for _ in network.layers]) for network in chosen}
     if as_json:
         console.say_json({"networks": found, "not_comparable": network_cost.NOT_COMPARABLE})
-        return
-    for name, summary in found.items():
-        _show(name, summary)
-    for remark in network_cost.NOT_COMPARABLE:
-        console.say(f"- {remark}")
+    else:
+        for name, summary in found.items():
+            _show(name, summary)
+        for remark in network_cost.NOT_COMPARABLE:
+            console.say(f"- {remark}")
+    if interrupted:
+        console.warn("interrupted: time and memory are left out")
+        raise SystemExit(console.INTERRUPTED)
 
 
 def _summary(network: Any, measured: list[Any]) -> dict[str, Any]:

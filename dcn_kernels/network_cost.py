@@ -332,7 +332,7 @@ def _call(layer: layers.Layer, backend: str, budget: float) -> Measured:
     """The fastest of some calls, as of the products; checked against the reference on a small case first."""
     from dcn_kernels import profiling
 
-    profiling.check_small(layer, "smooth", "float32", backend, 0)
+    profiling.check_small(layer, "smooth", "float32", backend, 0, ("forward",))
     inputs = profiling.make_inputs(layer, "smooth", "float32", 0)
     run, ticks = profiling.runner(inputs, "forward", backend), profiling.clock(backend)
     temporary = ticks.temporary_bytes(run)

@@ -225,13 +225,20 @@ def runner(inputs: Inputs, direction: str, backend: str) -> Callable[[], Any]:
 # ---------------------------------------------------------------- checks before timing
 
 
-def check_small(layer: layers.Layer, offsets: str, dtype: str, backend: str, seed: int) -> float:
+def check_small(
+    layer: layers.Layer,
+    offsets: str,
+    dtype: str,
+    backend: str,
+    seed: int,
+    directions: tuple[str, ...] = DIRECTIONS,
+) -> float:
     """The same options with sizes cut, against the reference: the largest error over its tolerance."""
     try:
         inputs = make_inputs(layers.cut(layer), offsets, dtype, seed)
     except ValueError:  # an operator whose channels are a product of other sizes
         inputs = make_inputs(layers.cut(layer, channels=False), offsets, dtype, seed)
-    return _compare(inputs, inputs.sample, {}, backend, DIRECTIONS)
+    return _compare(inputs, inputs.sample, {}, backend, directions)
 
 
 def check_spots(inputs: Inputs, backend: str, direction: str, seed: int) -> float:

@@ -236,3 +236,13 @@ def test_cost_shows_ratios_and_says_what_was_not_measured(monkeypatch: pytest.Mo
     assert "largest temporary 0.50 7.00 6.50 14.000" in known
     assert "MB on this machine not measured not measured" in unknown
     assert "ms on this machine 3.0 9.0 6.0 3.000" in unknown
+
+
+def test_an_interrupted_cost_keeps_the_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(chosen: list[Layer], **more: Any) -> list[Measured]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(network_cost, "measure", measured)
+    result = CliRunner().invoke(main, ["cost", "--network", "R-FCN"])
+    assert result.exit_code == 130 and "interrupted: time and memory are left out" in result.stderr
+    assert "2,109,450" in result.stdout
