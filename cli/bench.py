@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -18,7 +19,7 @@ DTYPES = ("float16", "bfloat16", "float32", "float64")
 RESULTS = "bench_results"
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=console.Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="dcn-kernels")
 def main() -> None:
     """Time the operators on the layer shapes of published networks. Results go to stdout, progress to stderr.
@@ -41,7 +42,8 @@ def main() -> None:
 @click.option("--list", "only_list", is_flag=True, help="List what would be run, and stop.")
 @click.option("--filter", "pattern", metavar="REGEX", help="Only layers whose name matches.")
 @click.option("--shape", metavar="SIZES", help="A layer of your own, such as C=64,H=56,W=56,O=64,kernel=3x3.")
-@click.option("--shapes", "toml", metavar="FILE", help="Layers of a TOML file: tables [layers.NAME].")
+@click.option("--shapes", "toml", metavar="FILE", help="Layers of a TOML file, tables [layers.NAME] with op and sizes: "
+              "all, or those named by --layer.")  # fmt: skip
 @click.option("--op", "ops", multiple=True, metavar="NAME", help="Only this operator; repeatable. Of --shape: its.")
 @click.option("--direction", "directions", multiple=True, type=click.Choice(["forward", "backward"]))
 @click.option(
@@ -87,8 +89,12 @@ def profile(
     """Check and time operators on layer shapes; the record goes to bench_results/ or to --output.
 
     Every result is compared with the reference before it is timed. A peer runs in a process of its own, in the
-    interpreter given, on the same arrays, in rounds between ours; peers: torchvision, torch (plain conv2d),
-    onnxruntime, openvino; mmcv, paddle, mxnet and tvdcn are written for but were not tried.
+    interpreter given, on the same arrays and device, in rounds between ours; peers: torchvision, torch (its plain
+    conv2d), onnxruntime, openvino; mmcv, paddle, mxnet and tvdcn are written for but were not tried.
+
+    Two columns tell what deforming costs. "x conv GEMM": our time over that of the matrix product alone of a plain
+    convolution of the same shape, in this machine's fastest BLAS. "plain conv2d by torch" (--against torch): the time
+    of a whole plain convolution, and in brackets as a multiple of ours, as for every peer: above 1 we are faster.
 
     \b
     Examples:
@@ -109,13 +115,13 @@ def profile(
         console.fail(f"--output: expected a name that ends in {', '.join(record.FORMATS)}, got {output!r}")
     if output:
         console.check_writable(output)
+    elif not no_save:
+        _results_folder()
+    backends = backends or (("cuda",) if "cuda" in available() else ("cpu",))
     for backend in backends:
         reason = why_not(backend)
         if reason:
             console.fail(f"backend {backend} is not available: {reason}", console.UNAVAILABLE)
-    backends = backends or (("cuda",) if "cuda" in available() else ("cpu",))
-    if why_not(backends[0]):
-        console.fail(f"backend {backends[0]} is not available: {why_not(backends[0])}", console.UNAVAILABLE)
     for layer_name, layer in chosen.items():
         try:
             profiling.make_inputs(layers.cut(layer, channels=False), "zero", "float32", seed)
@@ -126,6 +132,7 @@ def profile(
     interrupted = False
     failure = ""
     settings = profiling.Settings()
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     warned: set[str] = set()
 
     def warn(message: str) -> None:
@@ -133,22 +140,23 @@ def profile(
             warned.add(message)
             console.warn(message)
 
-    for count in threads or (None,):
-        settings = profiling.Settings(
-            directions or profiling.DIRECTIONS, dtypes or ("float32",), backends, offsets or ("smooth", "random"),
-            count, seed, budget,
-        )  # fmt: skip
-        with console.progress("profile") as report, _running(peers, count, versions) as running:
-            try:
+    try:
+        for count in threads or (None,):
+            settings = profiling.Settings(
+                directions or profiling.DIRECTIONS, dtypes or ("float32",), backends, offsets or ("smooth", "random"),
+                count, seed, budget,
+            )  # fmt: skip
+            with console.progress("profile") as report, _running(peers, count, versions) as running:
                 for row in profiling.profile(chosen, settings, running, report, warn):
                     rows.append(row)
-            except KeyboardInterrupt:
-                interrupted = True
-            except profiling.Mismatch as error:
-                failure = str(error)
-        if interrupted or failure:
-            break
-    stated = {**asdict(settings), "threads": list(threads) or [row["threads"] for row in rows[:1]], "blas": blas()}
+    except KeyboardInterrupt:
+        interrupted = True
+    except profiling.Mismatch as error:
+        failure = f"wrong result, not timed: {error}"
+    except MemoryError as error:
+        failure = f"a layer does not fit into memory: {error}"
+    stated = {**asdict(settings), "threads": list(threads) or [row["threads"] for row in rows[:1]], "blas": blas(),
+              "load": load}  # fmt: skip
     if rows:
         profiling.best_ceilings(rows)
         _finish_profile(record.make(rows, stated, versions), shape_of_output, output, no_save)
@@ -156,7 +164,7 @@ def profile(
         console.warn("interrupted: what was measured until then is kept")
         raise SystemExit(console.INTERRUPTED)
     if failure:
-        console.fail(f"wrong result, not timed: {failure}", console.FAILED)
+        console.fail(failure, console.FAILED)
     if not rows:
         console.fail("nothing was measured", console.FAILED)
 
@@ -175,7 +183,6 @@ def _chosen_layers(
     try:
         if toml:
             known = layers.read_toml(toml)
-            chosen = dict(known)
         if shape:
             chosen["shape"] = layers.parse(ops[0] if ops else "deform_conv2d", shape)
     except ValueError as error:
@@ -186,6 +193,8 @@ def _chosen_layers(
         if name not in known:
             console.fail(f"--layer: no layer {name!r}; there are: {', '.join(known)}")
         chosen[name] = known[name]
+    if toml and not names:
+        chosen |= known
     if not chosen:
         names = tuple(known) if pattern or ops else layers.DEFAULT_SET
         chosen = {name: known[name] for name in names if known[name]["op"] in OPS}
@@ -239,17 +248,27 @@ def _finish_profile(found: dict[str, Any], shape_of_output: str | None, output: 
 
     path = output
     if not output and not no_save:
-        Path(RESULTS).mkdir(exist_ok=True)
         where = "gpu" if "cuda" in found["settings"]["backends"] else "cpu"
-        path = str(Path(RESULTS) / f"{found['created'][:19].replace(':', '')}-{where}.json")
+        path = str(_results_folder() / f"{found['created'][:19].replace(':', '')}-{where}.json")
+    if path:  # before anything is shown: whoever reads stdout may have gone
+        console.write(path, record.FORMATS[Path(path).suffix](found))
     if shape_of_output:
         console.say(record.FORMATS[f".{shape_of_output}"](found).rstrip("\n"))
     else:
         columns, rows, right = record.cells(found)
         console.table(record.caption(found), columns, rows, right)
     if path:
-        console.write(path, record.FORMATS[Path(path).suffix](found))
         console.note(f"saved {path}")
+
+
+def _results_folder() -> Path:
+    """Where records go that are given no name."""
+    try:
+        Path(RESULTS).mkdir(exist_ok=True)
+    except OSError as error:
+        console.fail(f"cannot make the folder {RESULTS}: {error.strerror}; --output names a file, --no-save saves none")
+    console.check_writable(str(Path(RESULTS) / "record.json"))
+    return Path(RESULTS)
 
 
 def _list_layers(chosen: dict[str, Any]) -> None:
@@ -357,6 +376,7 @@ def compare(old: str, new: str, fail_above: float | None, as_json: bool) -> None
             "offsets",
             "dtype",
             "backend",
+            "threads",
             "old ms",
             "new ms",
             "ratio",
@@ -364,11 +384,11 @@ def compare(old: str, new: str, fail_above: float | None, as_json: bool) -> None
             "verdict",
         ]
         cells = [
-            [*(row[field] for field in columns[:6]), console.number(row["old_ms"]), console.number(row["new_ms"]),
+            [*(str(row[field]) for field in columns[:7]), console.number(row["old_ms"]), console.number(row["new_ms"]),
              f"{row['ratio']:.3f}", "{:.3f}-{:.3f}".format(*row["interval"]), row["verdict"]]
             for row in rows
         ]  # fmt: skip
-        console.table("", columns, cells, right=["old ms", "new ms", "ratio", "95 %"])
+        console.table("", columns, cells, right=["threads", "old ms", "new ms", "ratio", "95 %"])
     if failed:
         console.fail(f"{len(failed)} rows are slower by more than {fail_above:g}", console.FAILED)
 
@@ -407,7 +427,8 @@ def plot(records: tuple[str, ...], output: str, what: str) -> None:
     if Path(output).suffix not in (".png", ".svg", ".pdf"):
         console.fail(f"--output: expected a name that ends in .png, .svg, .pdf, got {output!r}")
     console.check_writable(output)
-    read = {Path(path).stem: _read(path) for path in records}
+    stems = [Path(path).stem for path in records]
+    read = {stem if stems.count(stem) == 1 else path: _read(path) for stem, path in zip(stems, records, strict=True)}
     if importlib.util.find_spec("matplotlib") is None:
         console.fail("plot needs matplotlib: pip install 'dcn-kernels[plot]'")
     from dcn_kernels import plots

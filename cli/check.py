@@ -19,7 +19,7 @@ DTYPES = ("float16", "bfloat16", "float32", "float64")
 SUFFIXES = (".json", ".csv", ".md", ".txt")
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=console.Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="dcn-kernels")
 def main() -> None:
     """Check gradients, backends and kernels. Results go to stdout, progress and warnings to stderr.
@@ -90,7 +90,11 @@ def _checked(ops: Sequence[str], backends: Sequence[str], output: str | None) ->
     show_default=True,
     help="Central differences along a few elements and directions, or along every element.",
 )
-@click.option("--self-test", is_flag=True, help="Break each gradient on purpose and report whether that is noticed.")
+@click.option(
+    "--self-test",
+    is_flag=True,
+    help="Break each gradient on purpose and report whether that is noticed; a fault that is not fails.",
+)
 def gradients(
     ops: tuple[str, ...],
     dtypes: tuple[str, ...],
@@ -116,7 +120,7 @@ def gradients(
       dcn-check gradients --backend cpu --json
       dcn-check gradients --self-test --backend cpu
     """
-    from dcn_kernels import gradcheck
+    from dcn_kernels import gradcheck, planted_faults
     from dcn_kernels.registry import OPS
 
     chosen = _checked(ops, backends, output)
@@ -132,7 +136,7 @@ def gradients(
     with console.progress("self-test" if self_test else "gradients") as report:
         table: Iterable[Any]
         if self_test:
-            table = gradcheck.self_test(**common, progress=report)
+            table = planted_faults.self_test(**common, progress=report)
         else:
             table = gradcheck.check_gradients(**common, mode=mode, progress=report)
         try:
@@ -141,19 +145,9 @@ def gradients(
         except KeyboardInterrupt:
             interrupted = True
     if self_test:
-        shown = [
-            [
-                row.op,
-                row.argument,
-                row.dtype,
-                row.backend,
-                row.breakage,
-                row.status,
-                ", ".join(row.caught_by) or row.reason,
-            ]
-            for row in rows
-        ]
-        columns = ["operator", "argument", "dtype", "backend", "planted bug", "status", "caught by"]
+        names = ("op", "argument", "dtype", "backend", "fault", "status")
+        shown = [[*(getattr(row, name) for name in names), ", ".join(row.caught_by) or row.reason] for row in rows]
+        columns = ["operator", "argument", "dtype", "backend", "planted fault", "status", "caught by"]
     else:
         shown, columns = [_cells(row) for row in rows], list(_COLUMNS)
     _finish(rows, columns, shown, as_json, output, interrupted, {"mode": mode, "seed": seed, "self_test": self_test})
@@ -221,13 +215,13 @@ def _finish(
     counts = Counter(row.status for row in rows)
     summary = {status.lower(): counts[status] for status in ("PASS", "FAIL", "SKIP")}
     text = _json({"summary": summary, "settings": settings, "rows": [asdict(row) for row in rows]})
+    if output:  # before anything is shown: whoever reads stdout may have gone
+        console.write(output, _formatted(Path(output).suffix, text, columns, shown))
     if as_json:
         console.say(text)
     else:
         console.table("", columns, shown, right=("error", "tolerance", "analytic", "numeric", "got", "reference"))
         console.say(", ".join(f"{count} {status}" for status, count in summary.items()))
-    if output:
-        console.write(output, _formatted(Path(output).suffix, text, columns, shown))
     for row in rows:
         if row.status == "FAIL" and getattr(row, "command", ""):
             console.note(f"failed: {row.command}")

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+import click
+
 PASS, FAILED, USAGE, UNAVAILABLE, INTERRUPTED = 0, 1, 2, 3, 130
 
 
@@ -50,6 +52,30 @@ def say_json(value: Any) -> None:
         return None if isinstance(item, float) and not math.isfinite(item) else item
 
     say(json.dumps(plain(value), indent=1, allow_nan=False))
+
+
+class Group(click.Group):
+    """Commands whose wrong usage is one line and exit code 2, and whose interruption anywhere is exit code 130."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run, and leave with an exit code."""
+        if not kwargs.get("standalone_mode", True):
+            return super().main(*args, **kwargs)
+        quiet: dict[str, Any] = {**kwargs, "standalone_mode": False}
+        try:
+            code = super().main(*args, **quiet)
+        except click.UsageError as error:
+            if not args and error.ctx is not None and error.message == error.ctx.get_help():  # no command at all
+                note(error.message)
+                raise SystemExit(USAGE) from None
+            path = error.ctx.command_path if error.ctx else self.name
+            fail(f"{path}: {error.format_message().rstrip('.')}; see {path} --help")
+        except click.ClickException as error:
+            fail(error.format_message(), error.exit_code)
+        except click.Abort:  # what click makes of Ctrl-C
+            warn("interrupted")
+            raise SystemExit(INTERRUPTED) from None
+        raise SystemExit(code if isinstance(code, int) else PASS)
 
 
 _COLOURS = {
@@ -114,7 +140,7 @@ def write(path: str, text: str) -> None:
 
 def write_bytes(path: str, content: bytes) -> None:
     """Write a file as a whole: what was there stays until the new content is complete."""
-    target = Path(path)
+    target = Path(path).resolve()  # what a link points to, not the link
     try:
         if target.is_dir():
             raise IsADirectoryError(21, "is a directory")
@@ -134,12 +160,17 @@ def write_bytes(path: str, content: bytes) -> None:
 
 def check_writable(path: str) -> None:
     """Refuse a path that could not be written in the end, before the work."""
-    target = Path(path)
+    target = Path(path).resolve()
     if target.is_dir():
         fail(f"cannot write {path}: is a directory")
     if not target.parent.is_dir():
         fail(f"cannot write {path}: no folder {target.parent}")
-    if not os.access(target.parent, os.W_OK) or (target.exists() and not os.access(target, os.W_OK)):
+    try:  # permissions alone do not tell
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+    except OSError as error:
+        fail(f"cannot write {path}: {error.strerror or error}")
+    if target.exists() and not os.access(target, os.W_OK):
         fail(f"cannot write {path}: permission denied")
 
 

@@ -137,8 +137,10 @@ def parse(op: str, text: str) -> Layer:
     sizes: dict[str, Any] = {}
     for part in text.split(","):
         name, _, value = part.strip().partition("=")
+        kind = float if name in _RATES else int
+        numbers: list[Any]
         try:
-            numbers = [int(number) for number in value.split("x")]
+            numbers = [kind(number) for number in value.split("x")]
         except ValueError:
             numbers = []
         if not numbers or len(numbers) > 2:
@@ -147,7 +149,8 @@ def parse(op: str, text: str) -> Layer:
     return checked(op, sizes)
 
 
-_SIZES = (*DEFAULTS, "C", "H", "W", "O")
+_SIZES = (*DEFAULTS, "C", "H", "W", "O", "spread")
+_RATES = ("spread", "spatial_scale")
 _LEAST = {"padding": 0}
 
 
@@ -160,17 +163,19 @@ def checked(op: str, sizes: dict[str, Any]) -> Layer:
         Naming the size.
     """
     for name, value in sizes.items():
-        if name in ("spread", "spatial_scale"):
-            if not isinstance(value, (int, float)) or value <= 0:
+        if name in _RATES:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e6:
                 raise ValueError(f"{name}: expected a positive number, got {value!r}")
             continue
         if name == "source":
+            if not isinstance(value, str):
+                raise ValueError(f"source: expected text, got {value!r}")
             continue
         if name not in _SIZES:
             raise ValueError(f"unknown size {name!r}; there are: {', '.join(_SIZES)}")
         numbers = value if isinstance(value, (list, tuple)) and name in PAIRS else [value]
         least = _LEAST.get(name, 1)
-        if len(numbers) not in (1, 2) or not all(isinstance(n, int) and n >= least for n in numbers):
+        if len(numbers) not in (1, 2) or not all(type(n) is int and n >= least for n in numbers):
             raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r}")
     return layer(op, **sizes)
 
@@ -197,17 +202,26 @@ def read_toml(path: str) -> dict[str, Layer]:
         if not isinstance(table, dict):
             raise ValueError(f"layers.{name}: expected a table")
         sizes = dict(table)
+        op = sizes.pop("op", "deform_conv2d")
+        if not isinstance(op, str):
+            raise ValueError(f"layers.{name}: op: expected a name, got {op!r}")
         try:
-            layers[name] = checked(sizes.pop("op", "deform_conv2d"), sizes)
+            layers[name] = checked(op, sizes)
         except ValueError as error:
             raise ValueError(f"layers.{name}: {error}") from None
     return layers
 
 
 def cut(sizes: Layer, *, channels: bool = True) -> Layer:
-    """The same options on one image of at most 12x12 pixels, at most 16 channels and 8 RoIs, for the reference."""
+    """The same options on one small image, at most 16 channels and 8 RoIs, for the reference.
+
+    Of 12x12 pixels, or as many more as the kernel needs.
+    """
     small = dict(sizes)
-    limits = {"N": 1, "H": 12, "W": 12, "R": 8} | ({"C": 16, "O": 16} if channels else {})
+    limits = {"N": 1, "R": 8} | ({"C": 16, "O": 16} if channels else {})
+    for axis, name in enumerate("HW"):
+        reach = sizes["dilation"][axis] * (sizes["kernel"][axis] - 1) + 1 - 2 * sizes["padding"][axis]
+        limits[name] = max(12, reach + 4)
     for name, limit in limits.items():
         if name in small:
             small[name] = min(small[name], limit)

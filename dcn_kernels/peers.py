@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dcn_kernels.profiling import Inputs
 
 WORKER = Path(__file__).with_name("peer_worker.py")
-_PATIENCE = 600.0  # seconds that one answer may take
+_PATIENCE = 300.0  # seconds that one answer may take
 
 # peer -> how to get it, and whether this project has run it
 PEERS = {
@@ -49,6 +49,7 @@ class Peer:
         self.python = python or sys.executable
         self.hint, self.tested = PEERS[self.name]
         self.version = self.what = ""
+        self._threads = 1
         self._process: subprocess.Popen[str] | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="dcn-peer-")
 
@@ -60,95 +61,122 @@ class Peer:
 
     def start(self, threads: int) -> None:
         """Start the worker; PeerError where the interpreter or the library is missing."""
+        self._threads = threads
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
             environment[name] = str(threads)
         try:
-            self._process = subprocess.Popen(
-                [self.python, "-I", str(WORKER), self.name, str(threads)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE if os.environ.get("DCN_PEER_STDERR") is None else None,
-                text=True,
-                env=environment,
-            )
+            with open(self._said, "wb") as said:  # a file: a pipe that nobody reads would fill, and stop the peer
+                self._process = subprocess.Popen(
+                    [self.python, "-I", str(WORKER), self.name, str(threads)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=said,
+                    text=True,
+                    env=environment,
+                    start_new_session=True,  # Ctrl-C is for us: the worker is ended by `close`
+                )
         except OSError as error:
             raise PeerError(f"cannot run {self.python}: {error.strerror}") from None
         try:
-            self.version = self._answer()["version"]
+            self.version = str(self._answer("version")["version"])
         except PeerError as error:
-            self.close()
             raise PeerError(f"{error}; to get it: {self.hint}; then --against {self.name}=PYTHON") from None
 
-    def load(self, inputs: Inputs, direction: str, threads: int, ours: Any) -> float | None:
-        """Hand over a row's arrays and compare the results.
+    @property
+    def _said(self) -> Path:
+        return Path(self._folder.name) / "stderr.txt"
 
-        Returns the largest relative difference, or None where the peer computes something else.
+    def load(self, inputs: Inputs, direction: str, backend: str, ours: Any) -> float | None:
+        """Hand over a row's arrays, to be timed on the backend's kind of device, and compare the results.
+
+        A worker that has ended is started again. Returns the largest difference over our largest element, or None
+        where the peer computes something else.
         """
+        if self._process is None:
+            self.start(self._threads)
         arrays = {**inputs.sample.arrays, "grad_output": inputs.grad_output}
         path = str(Path(self._folder.name) / "arrays.npz")
         np.savez(path, **{name: _storable(array) for name, array in arrays.items()})  # type: ignore[arg-type]
         answer = self._ask(
+            "what",
             do="load",
             path=path,
             op=inputs.op.name,
             direction=direction,
+            device="cuda" if backend == "cuda" else "cpu",
             params=inputs.op.parameters(inputs.sample.params),
             dtype=str(next(iter(inputs.sample.arrays.values())).dtype),
         )
-        self.what = answer["what"]
+        self.what = str(answer["what"])
         if not answer["comparable"]:
             return None
-        results = ours if isinstance(ours, dict) else {"output": ours}
-        worst = 0.0
         with np.load(answer["path"]) as theirs:
-            for name in theirs.files:
-                if name not in results:
-                    continue
-                mine, other = results[name].astype(np.float64), theirs[name].astype(np.float64)
-                if mine.shape != other.shape:
-                    raise PeerError(f"{name} has shape {other.shape}, ours {mine.shape}")
-                scale = float(np.abs(mine).max(initial=0)) or 1.0
-                worst = max(worst, float(np.abs(mine - other).max(initial=0)) / scale)
-        return worst
+            return _difference(ours if isinstance(ours, dict) else {"output": ours}, theirs)
 
     def run(self, milliseconds: float) -> list[float]:
         """Time for about so long, at least once."""
-        return list(self._ask(do="run", milliseconds=milliseconds)["samples_ms"])
+        return list(self._ask("samples_ms", do="run", milliseconds=milliseconds)["samples_ms"])
 
     def close(self) -> None:
         """End the worker."""
+        self._end()
+        self._folder.cleanup()
+
+    def _end(self) -> None:
         if self._process is not None:
             self._process.kill()
             self._process.communicate()
             self._process = None
-        self._folder.cleanup()
 
-    def _ask(self, **request: Any) -> dict[str, Any]:
+    def _ask(self, field: str, **request: Any) -> dict[str, Any]:
         if self._process is None or self._process.stdin is None:
-            raise PeerError("is not running")
+            raise PeerError("its process has ended")
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            raise PeerError("its process has ended") from None
-        return self._answer()
+            pass  # it has ended, and why is told below
+        return self._answer(field)
 
-    def _answer(self) -> dict[str, Any]:
-        assert self._process is not None and self._process.stdout is not None
+    def _answer(self, field: str) -> dict[str, Any]:
+        """The worker's next line, an object with this field. One that fails to answer is ended."""
+        if self._process is None or self._process.stdout is None:
+            raise PeerError("its process has ended")
         ready, _, _ = select.select([self._process.stdout], [], [], _PATIENCE)
         line = self._process.stdout.readline() if ready else ""
-        if not line:
-            why = "did not answer" if not ready else "ended"
-            tail = ""
-            if ready and self._process.stderr is not None:
-                self._process.wait(10)
-                tail = ": " + " ".join(self._process.stderr.read().strip().splitlines()[-1:])
-            raise PeerError(f"its process {why}{tail}")
-        answer = json.loads(line)
-        if "error" in answer:
-            raise PeerError(answer["error"])
-        return dict(answer)
+        try:
+            answer = json.loads(line)
+        except ValueError:
+            answer = None
+        if isinstance(answer, dict) and "error" in answer:
+            raise PeerError(str(answer["error"]))
+        if isinstance(answer, dict) and field in answer:
+            return answer
+        self._end()  # what it may still answer would be taken for the answer to the next question
+        if not ready:
+            raise PeerError(f"its process did not answer within {_PATIENCE:g} s and was ended")
+        if line:
+            raise PeerError(f"{self.python} is no Python that can run the peer: it answered {line.strip()[:60]!r}")
+        last = self._said.read_text(errors="replace").strip().splitlines()[-1:]
+        raise PeerError("its process ended" + (f": {last[0][:300]}" if last else ""))
+
+
+def _difference(ours: dict[str, np.ndarray], theirs: Any) -> float:
+    """The largest difference over our largest element, of the results that both have."""
+    both = [name for name in ours if name in theirs]
+    if not both:
+        raise PeerError(f"gave none of {', '.join(ours)}")
+    worst = 0.0
+    for name in both:
+        mine, other = ours[name].astype(np.float64), theirs[name].astype(np.float64)
+        if mine.shape != other.shape:
+            raise PeerError(f"{name} has shape {other.shape}, ours {mine.shape}")
+        if not np.isfinite(other).all():  # a record holds finite numbers, and such a result is no answer
+            raise PeerError(f"{name} has elements that are not finite")
+        scale = float(np.abs(mine).max(initial=0)) or 1.0
+        worst = max(worst, float(np.abs(mine - other).max(initial=0)) / scale)
+    return worst
 
 
 def _storable(array: np.ndarray) -> np.ndarray:

@@ -349,6 +349,7 @@ def profile(
     peers = list(peers)
     with threads_set(settings.threads) as threads:
         known: tuple[Any, ...] | None = None
+        ceilings: dict[tuple[Any, ...], dict[str, Any]] = {}
         for done, (name, layer, offsets, dtype, backend, direction) in enumerate(table):
             if progress:
                 progress(f"{name} {offsets} {direction} {dtype} {backend}", done, len(table))
@@ -361,7 +362,7 @@ def profile(
             kind = "random" if offsets == "none" else offsets
             if known != (name, kind, dtype):
                 inputs = make_inputs(layer, kind, dtype, settings.seed)
-                known, small, ceilings = (name, kind, dtype), {}, {}
+                known, small = (name, kind, dtype), {}
             first = clock(backend).first_milliseconds(runner(inputs, direction, backend))  # no check has compiled it
             if backend not in small:
                 small[backend] = check_small(layer, kind, dtype, backend, settings.seed)
@@ -369,9 +370,10 @@ def profile(
             row |= {"direction": direction, "backend": backend, "dtype": dtype, "offsets": offsets, "threads": threads}
             row["small_check"] = small[backend]
             row |= _row(inputs, direction, backend, settings, threads, peers, warn, first)
-            if backend not in ceilings:
-                ceilings[backend] = _ceiling(inputs, backend, threads)
-            row |= _rates(inputs, direction, row["median_ms"], ceilings[backend])
+            product = _plain_product(inputs)
+            limits = ceilings.get((backend, dtype, product)) or _ceiling(dtype, backend, threads, product)
+            ceilings[backend, dtype, product] = limits
+            row |= _rates(inputs, direction, row["median_ms"], limits)
             if row["spread_of_samples"] > NOISY:
                 warn(f"{name} {offsets} {direction}: noisy: the middle half of the samples spans "
                      f"{100 * row['spread_of_samples']:.0f} % of the median")  # fmt: skip
@@ -406,7 +408,7 @@ def _row(
         result = gradcheck.to_numpy(run())
         for peer in peers:
             try:
-                errors[peer.name] = peer.load(inputs, direction, threads, result)
+                errors[peer.name] = peer.load(inputs, direction, backend, result)
                 contestants[peer.name] = peer
             except PeerError as error:
                 warn(f"{peer.name}: {op.name} {direction}: {error}")
@@ -450,12 +452,11 @@ def _row(
     return row
 
 
-def _ceiling(inputs: Inputs, backend: str, threads: int) -> dict[str, Any]:
-    """This machine's rates now, and the times of the layer's plain products."""
-    dtype = next(iter(inputs.sample.arrays.values())).dtype
+def _ceiling(dtype: str, backend: str, threads: int, product: tuple[ceiling.Shape, ...]) -> dict[str, Any]:
+    """This machine's rates now, and the time of a layer's plain product."""
     if backend == "cuda":
-        return _cuda_ceiling(str(dtype), _plain_product(inputs))
-    return ceiling.measure(threads, str(shapes.accumulator(dtype)), _plain_product(inputs))
+        return _cuda_ceiling(dtype, product)
+    return ceiling.measure(threads, str(shapes.accumulator(shapes.DTYPES[dtype])), product)
 
 
 def _rates(inputs: Inputs, direction: str, median: float, limits: dict[str, Any]) -> RowDict:
@@ -484,7 +485,7 @@ def shares(row: RowDict, limits: dict[str, float]) -> RowDict:
 
 
 def best_ceilings(rows: list[RowDict]) -> None:
-    """Give the rows of a run the highest rates seen in it: the machine was measured for each layer, busy or not."""
+    """Give the rows of a run the highest rates seen in it: the machine was measured several times, busy or not."""
     groups: dict[Any, list[RowDict]] = {}
     for row in rows:
         groups.setdefault((row["backend"], row["dtype"], row["threads"]), []).append(row)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 import re
 from collections.abc import Iterable
 from datetime import UTC, datetime
@@ -27,7 +26,10 @@ FIELDS: dict[str, tuple[Any, str]] = {
     "versions": (dict, "package -> version; peers by name"),
     "commit": (str, "of the source tree; empty outside a checkout"),
     "dirty": (bool, "the source tree differed from that commit"),
-    "settings": (dict, "directions, dtypes, backends, offsets, threads, seed, budget (seconds a row), blas, load"),
+    "settings": (
+        dict,
+        "directions, dtypes, backends, offsets, threads, seed, budget (seconds a row), blas, load (before the run)",
+    ),
     "rows": (list, "one per layer, offsets, direction, dtype and backend"),
 }
 NUMBER = (int, float)
@@ -65,7 +67,14 @@ ROW_FIELDS: dict[str, tuple[Any, str]] = {
     "plain_ratio": (MAYBE, "median_ms over plain_ms"),
     "small_check": (NUMBER, "worst error over tolerance on the same options with sizes cut, against the reference"),
     "spot_check": (MAYBE, "the same at full size on some elements of the output or of each gradient"),
-    "against": (dict, "peer -> median_ms, samples_ms, ratio (theirs over ours), max_error (null: not the same), what"),
+    "against": (dict, "peer -> see below"),
+}
+AGAINST_FIELDS: dict[str, tuple[Any, str]] = {
+    "median_ms": (NUMBER, "the peer's milliseconds of a call"),
+    "samples_ms": (list, "all its samples, taken in rounds between ours"),
+    "ratio": (NUMBER, "its median over ours: above 1 we are faster"),
+    "max_error": (MAYBE, "largest difference over our largest element; null: it computes something else"),
+    "what": (str, "what was called"),
 }
 
 
@@ -101,16 +110,23 @@ def check(record: Any, name: str = "record") -> Record:
     if record.get("schema") != SCHEMA:
         raise BadRecord(f"{name}: schema {record.get('schema')!r}, expected {SCHEMA}")
     _check_fields(record, FIELDS, name)
+    _check_fields(record["device"], {"cpu": (str, "")}, f"{name}: device")
+    _check_fields(record["settings"], {"backends": (list, "")}, f"{name}: settings")
+    if not all(isinstance(word, str) for word in record["settings"]["backends"]):
+        raise BadRecord(f"{name}: settings: backends: expected names")
     for number, row in enumerate(record["rows"]):
         where = f"{name}: rows[{number}]"
         if not isinstance(row, dict):
             raise BadRecord(f"{where}: expected an object")
         _check_fields(row, ROW_FIELDS, where)
-        samples = row["samples_ms"]
-        if not samples or not all(isinstance(s, NUMBER) and math.isfinite(s) and s > 0 for s in samples):
-            raise BadRecord(f"{where}: samples_ms: expected positive numbers")
-        if not (math.isfinite(row["median_ms"]) and row["median_ms"] > 0):
-            raise BadRecord(f"{where}: median_ms: expected a positive number")
+        _check_times(row, where)
+        if len(row["quartiles_ms"]) != 2 or not all(map(_positive, row["quartiles_ms"])):
+            raise BadRecord(f"{where}: quartiles_ms: expected two positive numbers")
+        for peer, theirs in row["against"].items():
+            if not isinstance(theirs, dict):
+                raise BadRecord(f"{where}: against {peer}: expected an object")
+            _check_fields(theirs, AGAINST_FIELDS, f"{where}: against {peer}")
+            _check_times(theirs, f"{where}: against {peer}")
     return record
 
 
@@ -120,8 +136,22 @@ def _check_fields(found: dict[str, Any], fields: dict[str, tuple[Any, str]], whe
             continue
         if field not in found:
             raise BadRecord(f"{where}: {field} is missing")
-        if not isinstance(found[field], kind) or (isinstance(found[field], bool) and kind is not bool):
-            raise BadRecord(f"{where}: {field}: unexpected {type(found[field]).__name__}")
+        value = found[field]
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise BadRecord(f"{where}: {field}: unexpected {type(value).__name__}")
+        if isinstance(value, NUMBER) and not abs(value) < 1e300:
+            raise BadRecord(f"{where}: {field}: expected a finite number")
+
+
+def _check_times(found: dict[str, Any], where: str) -> None:
+    if not _positive(found["median_ms"]):
+        raise BadRecord(f"{where}: median_ms: expected a positive number")
+    if not found["samples_ms"] or not all(map(_positive, found["samples_ms"])):
+        raise BadRecord(f"{where}: samples_ms: expected positive numbers")
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, NUMBER) and not isinstance(value, bool) and 0 < value < 1e300
 
 
 def read(path: str | Path) -> Record:
@@ -133,29 +163,22 @@ def read(path: str | Path) -> Record:
     except UnicodeDecodeError:
         raise BadRecord(f"{path}: not a text file") from None
     try:
-        return check(json.loads(text), str(path))
-    except json.JSONDecodeError as error:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise BadRecord(f"{path}: not JSON: {error}") from None
+    return check(found, str(path))
 
 
 # ---------------------------------------------------------------- shown
 
 COLUMNS = (
     "layer", "operator", "direction", "offsets", "dtype", "backend", "threads", "median ms", "quartiles", "GFLOP/s",
-    "GB/s", "of ceiling", "bound", "x plain", "temp MB", "compile s",
+    "GB/s", "of ceiling", "bound", "x conv GEMM", "temp MB", "compile s",
 )  # fmt: skip
 RIGHT = (
-    "median ms",
-    "quartiles",
-    "GFLOP/s",
-    "GB/s",
-    "of ceiling",
-    "x plain",
-    "temp MB",
-    "compile s",
-    "cold ms",
+    "median ms", "quartiles", "GFLOP/s", "GB/s", "of ceiling", "x conv GEMM", "temp MB", "compile s", "cold ms",
     "start ms",
-)
+)  # fmt: skip
 
 
 def cells(record: Record) -> tuple[list[str], list[list[str]], list[str]]:
@@ -163,7 +186,8 @@ def cells(record: Record) -> tuple[list[str], list[list[str]], list[str]]:
     peers = list(dict.fromkeys(name for row in record["rows"] for name in row["against"]))
     constant = [c for c in ("dtype", "backend", "threads") if len({row[c] for row in record["rows"]}) == 1]
     on_gpu = any(row.get("cold_ms") is not None for row in record["rows"])
-    columns = [*COLUMNS, *(("cold ms", "start ms") if on_gpu else ()), *(f"{peer} ms (ratio)" for peer in peers)]
+    titles = [f"{PLAIN.get(peer, peer)}, ms (x ours)" for peer in peers]
+    columns = [*COLUMNS, *(("cold ms", "start ms") if on_gpu else ()), *titles]
     rows = []
     for row in record["rows"]:
         low, high = row["quartiles_ms"]
@@ -180,21 +204,25 @@ def cells(record: Record) -> tuple[list[str], list[list[str]], list[str]]:
             shown += ["" if time is None else _number(time) for time in times]
         for peer in peers:
             theirs = row["against"].get(peer)
-            shown.append(_against(theirs) if theirs else "")
+            shown.append(_against(peer, theirs) if theirs else "")
         rows.append(shown)
     kept = [i for i, column in enumerate(columns) if column not in constant]  # the caption has those
     names = [columns[i] for i in kept]
-    return names, [[row[i] for i in kept] for row in rows], [*RIGHT, *(name for name in names if "(ratio)" in name)]
+    return names, [[row[i] for i in kept] for row in rows], [*RIGHT, *titles]
 
 
+PLAIN = {"torch": "plain conv2d by torch"}  # not the same operator: what deforming costs
 AGREES = 1e-3  # of the largest element: other libraries round coordinates in other orders
 
 
-def _against(theirs: dict[str, Any]) -> str:
+def _against(peer: str, theirs: dict[str, Any]) -> str:
     """A peer's time and ratio, and its error where it computes something else than we do."""
-    error = theirs["max_error"]
-    differs = f", differs by {error:.1g}" if error is not None and error > AGREES else ""
-    return f"{_number(theirs['median_ms'])} ({theirs['ratio']:.2f}x{differs})"
+    error, remark = theirs["max_error"], ""
+    if error is None and peer not in PLAIN:
+        remark = ", another convention"
+    elif error is not None and error > AGREES:
+        remark = f", differs by {error:.1g}"
+    return f"{_number(theirs['median_ms'])} ({theirs['ratio']:.2f}x{remark})"
 
 
 def _number(value: float) -> str:
@@ -205,13 +233,13 @@ def _number(value: float) -> str:
 def caption(record: Record) -> str:
     """One line: where, with what, when."""
     device, settings = record["device"], record["settings"]
-    where = device.get("gpu") or device["cpu"] if "cuda" in settings.get("backends", ()) else device["cpu"]
+    where = device.get("gpu") or device["cpu"] if "cuda" in settings["backends"] else device["cpu"]
     commit = record["commit"][:8] + ("+changes" if record["dirty"] else "") or "no commit"
     used = {row["dtype"] for row in record["rows"]}
     threads = ", ".join(map(str, sorted({row["threads"] for row in record["rows"]})))
     return (
         f"{where}, {threads} threads, {', '.join(sorted(used))}, "
-        f"{', '.join(settings.get('backends', ()))}; {commit}, {record['created'][:10]}"
+        f"{', '.join(settings['backends'])}; {commit}, {record['created'][:10]}"
     )
 
 
@@ -313,9 +341,10 @@ def compare(old: Record, new: Record) -> tuple[list[dict[str, Any]], list[str]]:
     for found, row in after.items():
         if found in before:
             word, ratio, interval = verdict(before[found]["samples_ms"], row["samples_ms"])
-            rows.append({**{field: row[field] for field in ("layer", "op", "direction", "offsets", "dtype", "backend")},
-                         "old_ms": before[found]["median_ms"], "new_ms": row["median_ms"], "ratio": ratio,
-                         "interval": list(interval), "verdict": word})  # fmt: skip
+            same = ("layer", "op", "direction", "offsets", "dtype", "backend", "threads")
+            rows.append({**{field: row[field] for field in same}, "old_ms": before[found]["median_ms"],
+                         "new_ms": row["median_ms"], "ratio": ratio, "interval": list(interval),
+                         "verdict": word})  # fmt: skip
     return rows, warnings
 
 
@@ -330,10 +359,17 @@ def readme(records: dict[str, Record]) -> str:
         "Written by `dcn-bench readme`; not edited by hand. One JSON file a run, with every sample;",
         "`dcn-bench compare OLD NEW` compares two, `dcn-bench plot` draws them.",
         "",
-        "`ratio` is a peer's median over ours, in rounds interleaved in one run on the same arrays: above 1 we are",
-        "faster. `x plain` is our time over that of the matrix product alone of a plain convolution of the same shape",
-        "in NumPy's BLAS. `of ceiling` is the time this machine's own measured matrix product or copy rate would",
-        "allow over the time taken.",
+        "How to read the tables:",
+        "",
+        "- A peer's column, `NAME, ms (x ours)`: its median, and in brackets that median over ours, in rounds",
+        "  interleaved in one run on the same arrays. Above 1 we are faster. `plain conv2d by torch` is a whole plain",
+        "  convolution of the same shape, without offsets and mask: below 1 is what deforming costs.",
+        "- `x conv GEMM`: our median over the time of the matrix product alone of a plain convolution of the same",
+        "  shape, twice that product for a backward, in the fastest kernels of NumPy's BLAS: above 1 we are slower.",
+        "  Nobody runs it as a convolution: sampling, or im2col, is left out.",
+        "- `of ceiling`: the time that this machine's own measured matrix product or copy rate would allow, over our",
+        "  median; `bound` says which of the two.",
+        "- `compile s`: the first call in the process less the median.",
         "",
     ]
     for name, record in sorted(records.items(), key=lambda item: item[1]["created"], reverse=True):
@@ -342,6 +378,8 @@ def readme(records: dict[str, Record]) -> str:
     lines += [f"| `{field}` | {text} |" for field, (_, text) in FIELDS.items()]
     lines += ["", "A row:", "", "| field | what it is |", "| --- | --- |"]
     lines += [f"| `{field}` | {text} |" for field, (_, text) in ROW_FIELDS.items()]
+    lines += ["", "A peer in `against`:", "", "| field | what it is |", "| --- | --- |"]
+    lines += [f"| `{field}` | {text} |" for field, (_, text) in AGAINST_FIELDS.items()]
     return "\n".join(lines) + "\n"
 
 

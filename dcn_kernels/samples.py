@@ -79,6 +79,10 @@ def _deform_conv2d_arrays(
         (length + 2 * padding[a] - dilation[a] * (kernel[a] - 1) - 1) // stride[a] + 1
         for a, length in enumerate((H, W))
     )
+    if C % groups or O % groups:
+        raise ValueError(f"groups = {groups} does not divide C = {C} and O = {O}")
+    if min(OH, OW) < 1:
+        raise ValueError(f"the kernel with its dilation is larger than the padded input: OH, OW = {OH}, {OW}")
     arrays: dict[str, Any] = {
         "input": _values(rng, (N, C, H, W)),
         "offset": (N, 2 * OG * taps, OH, OW),

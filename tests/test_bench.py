@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+import runpy
+import shutil
 import stat
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -158,6 +162,11 @@ def test_layers_come_from_a_toml_file(tmp_path: Path) -> None:
     [
         ("not toml", "not a TOML file"),
         ("a = 1", "[layers.NAME]"),
+        ("[layers.x]\nC = true\nH = 4\nW = 4\nO = 4", "True"),
+        ("[layers.x]\nC = 4\nH = 4\nW = 4\nO = 4\nspread = nan", "spread"),
+        ("[layers.x]\nC = 4\nH = 4\nW = 4\nO = 4\ngroups = 3", "groups = 3 does not divide C = 4"),
+        ("[layers.x]\nC = 4\nH = 4\nW = 4\nO = 4\nkernel = 9", "larger than the padded input"),
+        ("[layers.x]\nop = [1]", "op"),
         ("[layers.x]\nC = 0\nH = 4\nW = 4\nO = 4", "C"),
         ("[layers.x]\nC = 4\nH = 4\nW = 4\nO = 4\nkernle = 3", "kernle"),
         ('[layers.x]\nop = "none"\nC = 4', "none"),
@@ -180,13 +189,39 @@ def test_wrong_usage_is_one_line_and_2(tmp_path: Path) -> None:
     assert ".json" in one_line(run("profile", "--output", "run.xls"), 2)
     assert "no folder" in one_line(run("profile", "--output", str(tmp_path / "none" / "r.json")), 2)
     assert "no peer" in one_line(run(*QUICK, "--against", "caffe"), 2)
-    assert run("profile", "--budget", "0").exit_code == 2
-    assert run("profile", "--threads", "0").exit_code == 2
+    assert "--budget" in one_line(run("profile", "--budget", "0"), 2)
+    assert "--threads" in one_line(run("profile", "--threads", "0"), 2)
+    assert "No such option '--treads'" in one_line(run("profile", "--treads", "2"), 2)
+    assert "Missing argument 'NEW'" in one_line(run("compare", "old.json"), 2)
 
 
 @pytest.mark.skipif(not why_not("cuda"), reason="a GPU is there")
 def test_a_backend_that_is_not_there_is_3() -> None:
     assert "cuda is not available" in one_line(run("profile", "--backend", "cuda"), 3)
+
+
+def test_a_folder_that_cannot_be_made_is_2_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "bench_results").write_text("a file")
+    assert "cannot make the folder bench_results" in one_line(run(*QUICK), 2)
+
+
+def test_named_layers_of_a_toml_file_are_run_alone(tmp_path: Path) -> None:
+    path = tmp_path / "layers.toml"
+    path.write_text("".join(f"[layers.{name}]\nC = 4\nH = 8\nW = 9\nO = 4\nspread = 2.5\n" for name in "ab"))
+    result = run("profile", "--shapes", str(path), "--layer", "b", "--list")
+    assert " b " in result.stdout and " a " not in result.stdout and "2.5" in result.stdout
+    assert "no layer 'A'" in one_line(run("profile", "--shapes", str(path), "--layer", "A"), 2)
+
+
+def test_a_dilation_wider_than_the_cut_is_checked_on_more_pixels() -> None:
+    layer = layers.parse("deform_conv2d", "C=8,H=64,W=20,O=8,dilation=12x1,padding=0")
+    assert profiling.check_small(layer, "random", "float32", "cpu", 0) <= 1
+    assert (layers.cut(layer)["H"], layers.cut(layer)["W"]) == (29, 12)
+
+
+def test_a_layer_larger_than_memory_is_one_line_and_1() -> None:
+    huge = "C=8,H=1000000,W=1000000,O=8"
+    assert "does not fit into memory" in one_line(run("profile", "--shape", huge, "--no-save"), 1)
 
 
 def test_list_runs_nothing() -> None:
@@ -227,16 +262,23 @@ def test_the_machine_s_rates_are_measured(monkeypatch: pytest.MonkeyPatch) -> No
 # ---------------------------------------------------------------- peers
 
 STAND_IN = """#!{python}
-# speaks a peer's part: doubles what it is asked to compute, so that the disagreement is known
-import json, os, sys
+# speaks a peer's part: {factor} times what it is asked to compute, so that the disagreement is known, and its {way}
+import json, os, sys, time
 import numpy as np
 from dcn_kernels import deform_conv2d, deform_conv2d_backward
 print(json.dumps({{"version": "9.9"}}), flush=True)
 for line in sys.stdin:
     asked = json.loads(line)
+    assert asked["do"] == "run" or asked["device"] == "cpu"
     if asked["do"] == "run":
+        if "{way}" == "crashes":
+            sys.exit("of its own accord")
+        if "{way}" == "hangs":
+            time.sleep(60)
         print(json.dumps({{"samples_ms": [5.0, 7.0]}}), flush=True)
         continue
+    if "{way}" == "is loud":
+        sys.stderr.write("no news " * 50_000)
     if asked["direction"] == "backward":
         print(json.dumps({{"error": "has no backward"}}), flush=True)
         continue
@@ -248,16 +290,16 @@ for line in sys.stdin:
 """
 
 
-def stand_in(tmp_path: Path, factor: float) -> str:
+def stand_in(tmp_path: Path, factor: str, way: str = "behaves") -> str:
     path = tmp_path / "python"
-    path.write_text(STAND_IN.format(python=sys.executable, factor=factor))
+    path.write_text(STAND_IN.format(python=sys.executable, factor=factor, way=way))
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
     return str(path)
 
 
-@pytest.mark.parametrize(("factor", "error"), [(1.0, 0.0), (1.5, 0.5)])
-def test_a_peer_is_timed_and_its_disagreement_shown(tmp_path: Path, factor: float, error: float) -> None:
-    result = run(*QUICK, "--no-save", "--json", "--against", f"torchvision={stand_in(tmp_path, factor)}")
+@pytest.mark.parametrize(("factor", "way", "error"), [("1.0", "behaves", 0.0), ("1.5", "is loud", 0.5)])
+def test_a_peer_is_timed_and_its_disagreement_shown(tmp_path: Path, factor: str, way: str, error: float) -> None:
+    result = run(*QUICK, "--no-save", "--json", "--against", f"torchvision={stand_in(tmp_path, factor, way)}")
     found = record.check(json.loads(result.stdout))
     forward, backward = found["rows"]
     theirs = forward["against"]["torchvision"]
@@ -265,6 +307,43 @@ def test_a_peer_is_timed_and_its_disagreement_shown(tmp_path: Path, factor: floa
     assert theirs["ratio"] == pytest.approx(6.0 / forward["median_ms"]) and theirs["median_ms"] == 6.0
     assert backward["against"] == {} and "has no backward" in result.stderr
     assert found["versions"]["torchvision"] == "9.9"
+    shown = record.markdown(found)
+    assert "| torchvision, ms (x ours) |" in shown and ("differs by 0.5" in shown) == (error > 0)
+
+
+@pytest.mark.parametrize(
+    ("factor", "way", "says"),
+    [
+        ("1.0", "crashes", "its process ended: of its own accord"),
+        ("1.0", "hangs", "did not answer within 2 s and was ended"),
+        ("np.nan", "behaves", "output has elements that are not finite"),
+    ],
+)
+def test_a_peer_that_fails_is_named_and_the_rest_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: str, way: str, says: str
+) -> None:
+    monkeypatch.setattr(peers, "_PATIENCE", 2.0 if way == "hangs" else 60.0)
+    with peers.Peer(f"torchvision={stand_in(tmp_path, factor, way)}") as peer:
+        peer._threads = 1
+        warnings: list[str] = []
+        rows = list(
+            profiling.profile(
+                {"one": layers.parse("deform_conv2d", SMALL), "two": layers.parse("deform_conv2d", SMALL)},
+                profiling.Settings(("forward",), offsets=("zero",), budget=0.01),
+                [peer],
+                warn=warnings.append,
+            )
+        )
+        assert peer._process is None or way == "behaves"
+    assert [row["against"] for row in rows] == [{}, {}]
+    assert sum(says in warning for warning in warnings) == 2  # it was started again for the second row
+
+
+@pytest.mark.parametrize("command", ["echo", "true", "nothing"])
+def test_what_is_no_python_is_no_peer(command: str) -> None:
+    path = shutil.which(command) or "/nowhere/python"
+    with peers.Peer(f"torchvision={path}") as peer, pytest.raises(peers.PeerError, match=re.escape(path) + "|ended"):
+        peer.start(1)
 
 
 def test_a_missing_peer_is_named_with_how_to_get_it() -> None:
@@ -274,6 +353,56 @@ def test_a_missing_peer_is_named_with_how_to_get_it() -> None:
     assert result.exit_code == 0
     assert "tvdcn is left out: cannot run /nowhere/python" in result.stderr
     assert "pip install paddlepaddle" in result.stderr
+
+
+def test_a_peer_of_a_row_on_the_gpu_is_timed_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What there is to see of it without a GPU: the request, a peer that refuses the CPU, and the clock."""
+    asked: dict[str, Any] = {}
+
+    def ask(self: peers.Peer, field: str, **request: Any) -> dict[str, Any]:
+        asked.update(request)
+        return {"what": "", "comparable": False}
+
+    monkeypatch.setattr(peers.Peer, "_ask", ask)
+    monkeypatch.setattr(peers.Peer, "start", lambda self, threads: None)
+    inputs = profiling.make_inputs(layers.parse("deform_conv2d", SMALL), "zero", "float32", 0)
+    for backend, device in (("cuda", "cuda"), ("cpu", "cpu"), ("reference", "cpu")):
+        peers.Peer("torch").load(inputs, "forward", backend, None)
+        assert asked["device"] == device
+
+    monkeypatch.setattr(sys, "argv", ["peer_worker.py", "torch", "1"])
+    worker = runpy.run_path(str(peers.WORKER))
+    state = worker["milliseconds"].__globals__
+    state["DEVICE"] = "cuda"
+    for name in ("onnxruntime_peer", "openvino_peer"):
+        with pytest.raises(worker["NotThere"], match="on the CPU only"):
+            worker["only_forward_float32"](name, "forward", "float32")
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            calls.append("record")
+
+        def synchronize(self) -> None:
+            calls.append("synchronize")
+
+        def elapsed_time(self, end: Any) -> float:
+            return 3.0
+
+    calls: list[str] = []
+    cuda = SimpleNamespace(Event=Event, is_available=lambda: False)
+    backends = SimpleNamespace(cuda=SimpleNamespace(matmul=SimpleNamespace()), cudnn=SimpleNamespace())
+    buffer = SimpleNamespace(zero_=lambda: calls.append("ahead"))
+    torch = SimpleNamespace(
+        cuda=cuda, backends=backends, set_num_threads=lambda threads: None, empty=lambda *_, **__: buffer, uint8=None
+    )
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    assert worker["milliseconds"](lambda: calls.append("prepare"), lambda: calls.append("run")) == 3.0
+    assert calls == ["ahead", "ahead", "prepare", "record", "run", "record", "synchronize"]
+    with pytest.raises(worker["NotThere"], match="finds no GPU"):
+        worker["torch_ready"]({})
 
 
 def test_the_worker_knows_every_peer() -> None:
@@ -330,6 +459,10 @@ def test_compare_fails_above_a_ratio(tmp_path: Path) -> None:
         (lambda text: text.replace('"median_ms"', '"medium_ms"'), "median_ms is missing"),
         (lambda text: text.replace('"direction": "forward"', '"direction": 3'), "direction"),
         (lambda text: text.replace('"commit"', '"comit"'), "commit is missing"),
+        (lambda text: text.replace('"gflops": ', '"gflops": 1e999, "was": ', 1), "gflops: expected a finite number"),
+        (lambda text: text.replace('"against": {}', '"against": {"x": {}}', 1), "against x: median_ms is missing"),
+        (lambda text: text.replace('"cpu": "', '"gpu": "'), "device: cpu is missing"),
+        (lambda text: "[" * 100_000, "not JSON"),
     ],
 )
 def test_a_damaged_record_is_one_line_and_2(tmp_path: Path, damage: Any, says: str) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import json
+import shlex
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,10 @@ from click.testing import CliRunner, Result
 from dcn_kernels.cli.check import main
 
 import dcn_kernels.cpu.deform_conv as cpu_deform_conv
-from dcn_kernels import gradcheck
+from dcn_kernels import gradcheck, planted_faults
 from dcn_kernels.environment import why_not
 from dcn_kernels.registry import OPS
+from dcn_kernels.shapes import DTYPES
 
 
 def run(*arguments: str) -> Result:
@@ -48,9 +52,14 @@ def test_every_argument_has_a_row_that_passes() -> None:
 
 def test_three_independent_checks_catch_every_planted_bug() -> None:
     ops = ("deform_conv2d", "offset_sample2d")
-    tests = list(gradcheck.self_test(ops=ops, dtypes=("float64",), backends=("reference",)))
-    assert {t.breakage for t in tests} == set(gradcheck.BREAKAGES)
-    for t in tests:
+    tests = list(planted_faults.self_test(ops=ops, dtypes=("float64",), backends=("reference",)))
+    assert {t.fault for t in tests} == set(planted_faults.FAULTS)
+    assert len(tests) == len(planted_faults.FAULTS) * sum(len(OPS[name].differentiable) for name in ops)
+    seen = [t for t in tests if t.status != "SKIP"]
+    swapped = {(t.op, t.argument) for t in seen if t.fault == "x and y swapped"}
+    assert swapped == {(name, "offset") for name in ops}
+    assert all(t.reason and not t.caught_by for t in tests if t.status == "SKIP")
+    for t in seen:
         assert {"differences"} <= set(t.caught_by), t  # by itself, without believing the reference
         if t.argument in ("input", "weight", "bias", "mask"):
             assert "adjoint" in t.caught_by, t
@@ -58,14 +67,40 @@ def test_three_independent_checks_catch_every_planted_bug() -> None:
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_planted_bugs_are_caught_in_lower_precision(dtype: str) -> None:
-    tests = list(gradcheck.self_test(ops=("deform_conv2d",), dtypes=(dtype,), backends=("cpu",)))
-    assert [t for t in tests if t.status != "PASS"] == []
+    tests = list(planted_faults.self_test(ops=("deform_conv2d",), dtypes=(dtype,), backends=("cpu",)))
+    assert [t for t in tests if t.status == "FAIL"] == []
 
 
-def test_an_uncaught_bug_fails_the_self_test(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(gradcheck.BREAKAGES, "zeroed", lambda gradient, named: gradient)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_planted_scale_is_one_hundredth_also_in_half_precision(dtype: str) -> None:
+    gradient = np.linspace(1, 2, 1000).astype(DTYPES[dtype])
+    scaled = planted_faults.FAULTS["scaled by 1.01"](gradient, "N")
+    assert scaled.dtype == gradient.dtype
+    assert scaled.astype(float).sum() == pytest.approx(1.01 * gradient.astype(float).sum(), rel=5e-4)
+
+
+def test_a_gradient_that_is_wrong_already_proves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = cpu_deform_conv.deform_conv2d_backward
+    monkeypatch.setattr(
+        cpu_deform_conv, "deform_conv2d_backward", lambda **given: {k: -v for k, v in right(**given).items()}
+    )
+    result = run("gradients", "--self-test", "--op", "deform_conv2d", "--arg", "bias", "--dtype", "float64", "--json")
+    rows = [row for row in json.loads(result.stdout)["rows"] if row["backend"] == "cpu" and row["status"] != "SKIP"]
+    assert result.exit_code == 1 and rows
+    assert all(row["status"] == "FAIL" and "before anything is planted" in row["reason"] for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        (lambda gradient, named: np.nextafter(gradient, np.inf), "not caught"),
+        (lambda gradient, named: gradient, "changed no gradient"),
+    ],
+)
+def test_an_uncaught_fault_fails_the_self_test(monkeypatch: pytest.MonkeyPatch, fault: Any, says: str) -> None:
+    monkeypatch.setitem(planted_faults.FAULTS, "zeroed", fault)
     result = run("gradients", "--self-test", "--op", "offset_sample2d", "--dtype", "float64", "--backend", "reference")
-    assert result.exit_code == 1 and "not caught" in result.stdout
+    assert result.exit_code == 1 and result.stdout.count(says) == 2
 
 
 def test_a_gradient_scaled_from_outside_fails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,6 +123,12 @@ def test_a_gradient_scaled_from_outside_fails(monkeypatch: pytest.MonkeyPatch) -
     assert again.exit_code == 1 and again.stdout.count("deform_conv2d") == 1
 
 
+def test_a_row_is_the_same_alone_and_in_the_table() -> None:
+    selection: dict[str, Any] = {"ops": ("deform_conv2d",), "dtypes": ("float32",), "backends": ("cpu",)}
+    for row in gradcheck.check_gradients(**selection):
+        assert list(gradcheck.check_gradients(**selection, arguments=(row.argument,))) == [row]
+
+
 def test_the_other_one_sided_value_fails_on_the_kinks(monkeypatch: pytest.MonkeyPatch) -> None:
     right = cpu_deform_conv.deform_conv2d_backward
 
@@ -106,7 +147,7 @@ def test_the_other_one_sided_value_fails_on_the_kinks(monkeypatch: pytest.Monkey
 
 def test_full_mode_finds_an_element_in_the_last_corner(monkeypatch: pytest.MonkeyPatch) -> None:
     op = OPS["offset_sample2d"]
-    case = next(gradcheck._cases(op, "float64", 0))
+    case = next(gradcheck.all_cases(op, "float64", 0))
     gradient = gradcheck.backward(op, case.sample, "reference", case.grad_output)["offset"]
     gradient[-1, -1, -1, -1] += 1e-6
     found = case.check_differences("reference", "offset", gradient, seed=0, elements=None, directions=0)
@@ -184,8 +225,11 @@ def test_wrong_usage_is_one_line_and_2(tmp_path: Path) -> None:
     assert "offset" in one_line(run("gradients", "--arg", "stride"), 2)
     assert ".json" in one_line(run("gradients", "--output", str(tmp_path / "table.xls")), 2)
     assert "no folder" in one_line(run("gradients", "--output", str(tmp_path / "none" / "t.json")), 2)
-    assert run("gradients", "--dtype", "int8").exit_code == 2
-    assert run("gradients", "--mode", "slow").exit_code == 2
+    assert "'int8' is not one of" in one_line(run("gradients", "--dtype", "int8"), 2)
+    assert "'slow' is not one of" in one_line(run("gradients", "--mode", "slow"), 2)
+    assert "No such option '--modes'" in one_line(run("gradients", "--modes", "fast"), 2)
+    assert "No such command 'gradient'" in one_line(run("gradient"), 2)
+    assert run().exit_code == 2  # the help, on stderr
 
 
 def test_nothing_run_is_not_0() -> None:
@@ -210,6 +254,27 @@ def test_ctrl_c_shows_what_was_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gradcheck, "check_gradients", interrupted)
     result = run("gradients", "--op", "offset_sample2d", "--dtype", "float64", "--backend", "reference", "--json")
     assert result.exit_code == 130 and len(json.loads(result.stdout)["rows"]) == 1
+
+
+def test_ctrl_c_anywhere_is_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dcn_kernels.environment.why_not", interrupted)
+    result = run("gradients", "--backend", "cpu")
+    assert result.exit_code == 130 and result.stderr.strip() == "warning: interrupted"
+
+
+def test_what_was_asked_to_be_saved_is_saved_also_if_nobody_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closed(*arguments: Any, **options: Any) -> None:
+        raise SystemExit(1)  # what rich makes of a broken pipe
+
+    monkeypatch.setattr("dcn_kernels.cli.console.table", closed)
+    path = tmp_path / "table.json"
+    run("gradients", "--op", "offset_sample2d", "--dtype", "float64", "--backend", "reference", "--output", str(path))
+    assert len(json.loads(path.read_text())["rows"]) == 2
 
 
 # ---------------------------------------------------------------- kernels
@@ -257,3 +322,19 @@ def test_help_imports_no_compiler_and_every_command_has_an_example(module: str) 
         "assert all('Example' in command.help for command in [main, *main.commands.values()])"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("module", ["check", "bench"])
+def test_examples_of_the_help_are_commands(module: str) -> None:
+    """Each can be pasted: its command, options and their values exist."""
+    group = import_module(f"dcn_kernels.cli.{module}").main
+    seen = 0
+    for name, command in [("", group), *group.commands.items()]:
+        text = inspect.cleandoc(command.help or "").replace("\\\n", " ")
+        lines = [line.strip() for line in text.splitlines() if line.strip().startswith(f"dcn-{module} ")]
+        assert lines, name
+        for line in lines:
+            words = shlex.split(line.partition(" > ")[0], comments=True)[1:]
+            with group.commands[words[0]].make_context(words[0], words[1:]):
+                seen += 1
+    assert seen > 5
