@@ -61,6 +61,9 @@ def main() -> None:
 @click.option(
     "--budget", default=0.3, show_default=True, type=click.FloatRange(0, min_open=True), help="Seconds a row."
 )
+@click.option(
+    "--reuse", is_flag=True, help="Forward into one array (out=), backward with what a forward kept (argmax=)."
+)
 @click.option("--against", "peers", multiple=True, metavar="NAME[=PYTHON]", help="A peer library; repeatable.")
 @click.option("--json", "shape_of_output", flag_value="json", help="Print only the record.")
 @click.option("--csv", "shape_of_output", flag_value="csv", help="Print only CSV.")
@@ -81,6 +84,7 @@ def profile(
     offsets: tuple[str, ...],
     seed: int,
     budget: float,
+    reuse: bool,
     peers: tuple[str, ...],
     shape_of_output: str | None,
     output: str | None,
@@ -90,7 +94,7 @@ def profile(
 
     Every result is compared with the reference before it is timed. A peer runs in a process of its own, in the
     interpreter given, on the same arrays and device, in rounds between ours; peers: torchvision, torch (its plain
-    conv2d), onnxruntime, openvino; mmcv, paddle, mxnet and tvdcn are written for but were not tried.
+    conv2d), onnxruntime, openvino, paddle, mxnet; mmcv and tvdcn are written for but were not tried.
 
     Two columns tell what deforming costs. "x conv GEMM": our time over that of the matrix product alone of a plain
     convolution of the same shape, in this machine's fastest BLAS. "plain conv2d by torch" (--against torch): the time
@@ -144,7 +148,7 @@ def profile(
         for count in threads or (None,):
             settings = profiling.Settings(
                 directions or profiling.DIRECTIONS, dtypes or ("float32",), backends, offsets or ("smooth", "random"),
-                count, seed, budget,
+                count, seed, budget, reuse,
             )  # fmt: skip
             with console.progress("profile") as report, _running(peers, count, versions) as running:
                 for row in profiling.profile(chosen, settings, running, report, warn):

@@ -191,7 +191,10 @@ def deform_ps_roi_pool(
     out: Any = None,
     backend: str | None = None,
 ) -> Any:
-    """Deformable position-sensitive RoI pooling: the mean of samples of each bin's own score maps, moved.
+    r"""Deformable position-sensitive RoI pooling: the mean of samples of each bin's own score maps, moved.
+
+    .. math::  y(c, ph, pw) = \sum_{i, j \, \text{on the map}} x(p_{ij} + \Delta p) / n,
+               \quad \Delta p = \text{trans\_std} \cdot \text{trans} \circ (w, h)
 
     Output channel c of bin (ph, pw) reads input channel ``(c*G + gh)*G + gw``, ``gh = floor(ph*G/PH)``, and is moved
     by the translation of its class ``c // (output channels / classes)`` and of part ``floor(ph*part/PH)``.
@@ -199,7 +202,7 @@ def deform_ps_roi_pool(
     Parameters
     ----------
     input : array (N, C, H, W)
-        C a multiple of G*G.
+        The score maps, C a multiple of G*G; dtypes as in `deform_roi_pool`.
     rois : array (R, 5)
         As in `deform_roi_pool`.
     trans : array (R, 2*classes, part, part), optional
@@ -228,7 +231,9 @@ def deform_ps_roi_pool(
 
     Notes
     -----
-    The operator of R-FCN in arXiv 1703.06211 as its authors published it (MXNet, OpenVINO).
+    Section 2.2 of arXiv 1703.06211 (position-sensitive RoI pooling) as its authors published it (MXNet, OpenVINO):
+    sample (i, j) lies ``i*bin/sample_per_part`` below and ``j*bin/sample_per_part`` right of its bin's corner, in
+    pixels of the map, and is clamped to the map.
 
     Examples
     --------

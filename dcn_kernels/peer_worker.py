@@ -343,31 +343,58 @@ def openvino_peer(op, direction, arrays, params, dtype):
 # ---------------------------------------------------------------- paddle, mxnet
 
 
+def paddle_forward(op, arrays, params):
+    """(function of a dict of tensors, the names of those with a gradient, what it is)."""
+    from paddle.vision import ops
+
+    if op == "deform_conv2d":
+        KH, KW = arrays["weight"].shape[2:]
+        stride, padding, dilation = (list(pair(params[name])) for name in ("stride", "padding", "dilation"))
+        OG, groups = arrays["offset"].shape[1] // (2 * KH * KW), arrays["input"].shape[1] // arrays["weight"].shape[1]
+        return lambda t: ops.deform_conv2d(
+            t["input"], t["offset"], t["weight"], t.get("bias"), stride, padding, dilation, OG, groups, t.get("mask"),
+        ), ("input", "offset", "weight", "bias", "mask"), "paddle.vision.ops.deform_conv2d"  # fmt: skip
+    scale, size = params.get("spatial_scale"), params.get("output_size")
+    calls = {}
+    if op == "roi_pool" and params["mode"] == "max":
+        calls["roi_pool"] = lambda t: ops.roi_pool(t["input"], t["boxes"], t["numbers"], tuple(size), scale)
+    if op == "ps_roi_pool" and params["convention"] == "rfcn" and pair(params["group_size"]) == tuple(size):
+        calls["psroi_pool"] = lambda t: ops.psroi_pool(t["input"], t["boxes"], t["numbers"], tuple(size), scale)
+    if op == "roi_align":
+        ratio, aligned = params["sampling_ratio"], params["aligned"]
+        calls["roi_align"] = lambda t: ops.roi_align(
+            t["input"], t["boxes"], t["numbers"], tuple(size), scale, ratio, aligned
+        )
+    for name, forward in calls.items():
+        return forward, ("input",), "paddle.vision.ops." + name
+    raise NotThere("paddle is not timed on " + op)
+
+
 def paddle_peer(op, direction, arrays, params, dtype):
     import paddle
 
     only_cpu("paddle")
-    if op != "deform_conv2d":
-        raise NotThere("paddle is timed on deform_conv2d only")
-    KH, KW = arrays["weight"].shape[2:]
-    leaves = {}
-    for name in ("input", "offset", "weight", "bias", "mask"):
-        if name in arrays:
-            leaves[name] = paddle.to_tensor(arrays[name].astype(dtype), stop_gradient=direction == "forward")
+    forward, names, what = paddle_forward(op, arrays, params)
+    leaves = {
+        name: paddle.to_tensor(arrays[name].astype(dtype), stop_gradient=direction == "forward")
+        for name in names
+        if name in arrays
+    }
+    tensors = dict(leaves)
+    if "rois" in arrays:  # RoIs ordered by image, and how many each image has
+        images = arrays["rois"][:, 0].astype(np.int64)
+        if (np.diff(images) < 0).any():
+            raise NotThere("paddle takes RoIs ordered by image only")
+        tensors["boxes"] = paddle.to_tensor(np.ascontiguousarray(arrays["rois"][:, 1:]).astype(dtype))
+        tensors["numbers"] = paddle.to_tensor(np.bincount(images, minlength=len(arrays["input"])).astype(np.int32))
     grad_output = paddle.to_tensor(arrays["grad_output"].astype(dtype))
     state = {}
 
-    def forward():
-        state["output"] = paddle.vision.ops.deform_conv2d(
-            leaves["input"], leaves["offset"], leaves["weight"], leaves.get("bias"), list(pair(params["stride"])),
-            list(pair(params["padding"])), list(pair(params["dilation"])),
-            arrays["offset"].shape[1] // (2 * KH * KW), arrays["input"].shape[1] // arrays["weight"].shape[1],
-            leaves.get("mask"),
-        )  # fmt: skip
+    def run():
+        state["output"] = forward(tensors)
 
-    what = "paddle.vision.ops.deform_conv2d"
     if direction == "forward":
-        return (lambda: None), forward, (lambda: {"output": state["output"].numpy()}), what
+        return (lambda: None), run, (lambda: {"output": state["output"].numpy()}), what
 
     def backward():
         state["grads"] = paddle.grad(state["output"], list(leaves.values()), grad_output)
@@ -375,43 +402,84 @@ def paddle_peer(op, direction, arrays, params, dtype):
     def results():
         return {name: grad.numpy() for name, grad in zip(leaves, state["grads"])}  # noqa: B905
 
-    return forward, backward, results, what
+    return run, backward, results, what
+
+
+def mxnet_forward(op, arrays, params):
+    """(function of a dict of arrays, the names of those with a gradient, what it is)."""
+    import mxnet as mx
+
+    if op == "deform_conv2d":
+        if "mask" not in arrays:
+            raise NotThere("mxnet is timed on deform_conv2d with a mask only")
+        O, channels, KH, KW = arrays["weight"].shape
+        options = {
+            "kernel": (KH, KW), "stride": pair(params["stride"]), "pad": pair(params["padding"]),
+            "dilate": pair(params["dilation"]), "num_filter": O, "no_bias": "bias" not in arrays,
+            "num_group": arrays["input"].shape[1] // channels,
+            "num_deformable_group": arrays["offset"].shape[1] // (2 * KH * KW),
+        }  # fmt: skip
+        return lambda t: mx.nd.contrib.ModulatedDeformableConvolution(
+            t["input"], t["offset"], t["mask"], t["weight"], t.get("bias"), **options
+        ), ("input", "offset", "weight", "bias", "mask"), "mxnet ModulatedDeformableConvolution"  # fmt: skip
+    scale, size, C = params.get("spatial_scale"), pair(params.get("output_size", 1)), arrays["input"].shape[1]
+    if op == "roi_pool" and params["mode"] == "max":
+        return (lambda t: mx.nd.ROIPooling(t["input"], t["rois"], size, scale)), ("input",), "mxnet ROIPooling"
+    if op == "roi_align":
+        options = {"sample_ratio": params["sampling_ratio"], "aligned": params["aligned"]}
+        return (
+            lambda t: mx.nd.contrib.ROIAlign(t["input"], t["rois"], size, scale, **options),
+            ("input",),
+            ("mxnet ROIAlign"),
+        )
+    if op == "ps_roi_pool" and params["convention"] == "rfcn":
+        group = pair(params["group_size"])[0]
+        return lambda t: mx.nd.contrib.PSROIPooling(
+            t["input"], t["rois"], spatial_scale=scale, output_dim=C // group**2, pooled_size=size[0], group_size=group
+        ), ("input",), "mxnet PSROIPooling"  # fmt: skip
+    plain = op == "deform_roi_pool" and params["convention"] == "rfcn" and "mask" not in arrays
+    if plain or op == "deform_ps_roi_pool":
+        group = 1 if plain else pair(params["group_size"])[0]
+        offset = "offset" if plain else "trans"
+        options = {
+            "spatial_scale": scale, "output_dim": C // group**2, "pooled_size": size[0], "group_size": group,
+            "part_size": size[0] if plain else pair(params["part_size"])[0],
+            "sample_per_part": (params["sampling_ratio"] or 4) if plain else params["sample_per_part"],
+            "trans_std": params["gamma"] if plain else params["trans_std"], "no_trans": offset not in arrays,
+        }  # fmt: skip
+        return lambda t: mx.nd.contrib.DeformablePSROIPooling(
+            t["input"], t["rois"], *([t[offset]] if offset in t else []), **options
+        ), ("input", offset), "mxnet DeformablePSROIPooling"  # fmt: skip
+    raise NotThere("mxnet is not timed on " + op)
 
 
 def mxnet_peer(op, direction, arrays, params, dtype):
     import mxnet as mx
 
     only_cpu("mxnet")
-    if op != "deform_conv2d" or "mask" not in arrays:
-        raise NotThere("mxnet is timed on deform_conv2d with a mask only")
-    O, channels, KH, KW = arrays["weight"].shape
-    leaves = {name: mx.nd.array(arrays[name], dtype=dtype) for name in ("input", "offset", "weight", "bias", "mask")
-              if name in arrays}  # fmt: skip
+    forward, names, what = mxnet_forward(op, arrays, params)
+    leaves = {name: mx.nd.array(arrays[name], dtype=dtype) for name in names if name in arrays}
+    tensors = dict(leaves)
+    if "rois" in arrays:
+        tensors["rois"] = mx.nd.array(arrays["rois"], dtype=dtype)
     for leaf in leaves.values():
         leaf.attach_grad()
     grad_output = mx.nd.array(arrays["grad_output"], dtype=dtype)
     state = {}
 
-    def forward():
+    def run():
         with mx.autograd.record(direction == "backward"):
-            state["output"] = mx.nd.contrib.ModulatedDeformableConvolution(
-                leaves["input"], leaves["offset"], leaves["mask"], leaves["weight"], leaves.get("bias"),
-                kernel=(KH, KW), stride=pair(params["stride"]), pad=pair(params["padding"]),
-                dilate=pair(params["dilation"]), num_filter=O, no_bias="bias" not in leaves,
-                num_group=arrays["input"].shape[1] // channels,
-                num_deformable_group=arrays["offset"].shape[1] // (2 * KH * KW),
-            )  # fmt: skip
-        state["output"].wait_to_read()
+            state["output"] = forward(tensors)
+        mx.nd.waitall()
 
-    what = "mxnet ModulatedDeformableConvolution"
     if direction == "forward":
-        return (lambda: None), forward, (lambda: {"output": state["output"].asnumpy()}), what
+        return (lambda: None), run, (lambda: {"output": state["output"].asnumpy()}), what
 
     def backward():
         state["output"].backward(grad_output)
         mx.nd.waitall()
 
-    return forward, backward, (lambda: {name: leaf.grad.asnumpy() for name, leaf in leaves.items()}), what
+    return run, backward, (lambda: {name: leaf.grad.asnumpy() for name, leaf in leaves.items()}), what
 
 
 # ---------------------------------------------------------------- requests

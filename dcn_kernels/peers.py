@@ -29,8 +29,8 @@ PEERS = {
     "onnxruntime": ("pip install onnxruntime onnx", True),
     "openvino": ("pip install openvino onnx", True),
     "mmcv": ("pip install mmcv with its compiled operators, see mmcv's installation guide", False),
-    "paddle": ("pip install paddlepaddle", False),
-    "mxnet": ("pip install 'mxnet==1.9.1' 'numpy<1.24' in a Python 3.8", False),
+    "paddle": ("pip install paddlepaddle", True),
+    "mxnet": ("pip install 'mxnet==1.9.1' 'numpy<1.24' in a Python up to 3.11", True),
     "tvdcn": ("pip install tvdcn", False),
 }
 

@@ -45,6 +45,7 @@ class Settings:
     threads: int | None = None
     seed: int = 0
     budget: float = 0.3  # seconds of timing a row, for us and for each peer
+    reuse: bool = False  # forward into one array, backward with what a forward kept, as most peers do
 
 
 # ---------------------------------------------------------------- clocks
@@ -213,12 +214,21 @@ def make_inputs(layer: layers.Layer, offsets: str, dtype: str, seed: int) -> Inp
     return Inputs(op, sample, grad_output, sizes, shape)
 
 
-def runner(inputs: Inputs, direction: str, backend: str) -> Callable[[], Any]:
-    """A function of no arguments that runs one call; the arrays are on the backend's device already."""
+def runner(inputs: Inputs, direction: str, backend: str, *, reuse: bool = False) -> Callable[[], Any]:
+    """A function of no arguments that runs one call; the arrays are on the backend's device already.
+
+    With `reuse` the forward always writes into the same array, and the backward is given what a forward can keep.
+    """
     op, params = inputs.op, inputs.sample.params
     arrays = {**dict.fromkeys(op.arrays), **gradcheck.to_backend(backend, inputs.sample.arrays)}
-    if direction == "backward":
-        arrays = {"grad_output": gradcheck.to_backend(backend, {"g": inputs.grad_output})["g"], **arrays}
+    if direction == "forward":
+        out = gradcheck.to_backend(backend, {"out": np.empty_like(inputs.grad_output)})["out"] if reuse else None
+        return lambda: call(op, direction, arrays, params, backend=backend, out=out)
+    if reuse and op.saved:
+        asked = {**params, **{f"return_{name}": True for name in op.saved}}
+        _, *kept = call(op, "forward", arrays, asked, backend=backend)
+        arrays |= dict(zip(op.saved, kept, strict=True))
+    arrays = {"grad_output": gradcheck.to_backend(backend, {"g": inputs.grad_output})["g"], **arrays}
     return lambda: call(op, direction, arrays, params, backend=backend)
 
 
@@ -397,7 +407,7 @@ def _row(
     warn: Callable[[str], None],
     first: float,
 ) -> RowDict:
-    op, run, ticks = inputs.op, runner(inputs, direction, backend), clock(backend)
+    op, run, ticks = inputs.op, runner(inputs, direction, backend, reuse=settings.reuse), clock(backend)
     row: RowDict = {"spot_check": None}
     if backend != "reference":
         row["spot_check"] = check_spots(inputs, backend, direction, settings.seed)

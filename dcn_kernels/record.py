@@ -28,7 +28,8 @@ FIELDS: dict[str, tuple[Any, str]] = {
     "dirty": (bool, "the source tree differed from that commit"),
     "settings": (
         dict,
-        "directions, dtypes, backends, offsets, threads, seed, budget (seconds a row), blas, load (before the run)",
+        "directions, dtypes, backends, offsets, threads, seed, budget (seconds a row), reuse (as --reuse; absent is no), "
+        "blas, load (before the run)",
     ),
     "rows": (list, "one per layer, offsets, direction, dtype and backend"),
 }
@@ -239,7 +240,8 @@ def caption(record: Record) -> str:
     threads = ", ".join(map(str, sorted({row["threads"] for row in record["rows"]})))
     return (
         f"{where}, {threads} threads, {', '.join(sorted(used))}, "
-        f"{', '.join(settings['backends'])}; {commit}, {record['created'][:10]}"
+        f"{', '.join(settings['backends'])}{', arrays reused' if settings.get('reuse') else ''}; "
+        f"{commit}, {record['created'][:10]}"
     )
 
 

@@ -177,14 +177,15 @@ def ps_roi_pool(
     out: Any = None,
     backend: str | None = None,
 ) -> Any:
-    """Position-sensitive RoI pooling: bin (ph, pw) averages pixels of score maps of its own.
+    r"""Position-sensitive RoI pooling: bin (ph, pw) averages pixels of score maps of its own.
 
-    Output channel c of bin (ph, pw) reads input channel ``(c*G + gh)*G + gw`` with ``gh = floor(ph*G/PH)``.
+    .. math::  y(c, ph, pw) = \sum_{p \in bin(ph, pw)} x_{(c G + g_h) G + g_w}(p) / n,
+               \quad g_h = \lfloor ph \cdot G / PH \rfloor, \; g_w = \lfloor pw \cdot G / PW \rfloor
 
     Parameters
     ----------
     input : array (N, C, H, W)
-        C a multiple of G*G.
+        The score maps, C a multiple of G*G; dtypes as in `roi_pool`.
     rois : array (R, 5)
         As in `roi_pool`.
     group_size : int, optional
@@ -204,6 +205,11 @@ def ps_roi_pool(
     ------
     ValueError, TypeError
         As `roi_pool`.
+
+    Notes
+    -----
+    R-FCN, arXiv 1605.06409, Eq. 1. Lengths are in pixels of the map: "rfcn" from ``round(x1)*s`` to
+    ``(round(x2) + 1)*s`` and at least 0.1, "torchvision" from ``round(x1*s)`` to ``round(x2*s)`` and at least 1.
 
     Examples
     --------
@@ -255,7 +261,8 @@ def ps_roi_pool_backward(
 
     Notes
     -----
-    torchvision's own gradient clips bins otherwise than its forward; this one is the forward's.
+    Each pixel of a bin gets the bin's gradient over its number of pixels. torchvision's own gradient clips bins
+    otherwise than its forward; this one is the forward's. Repeatability: as `roi_pool_backward`.
 
     Examples
     --------
@@ -284,11 +291,15 @@ def roi_align(
     out: Any = None,
     backend: str | None = None,
 ) -> Any:
-    """RoIAlign: each bin is the mean of bilinear samples on a grid; nothing is rounded.
+    r"""RoIAlign: each bin is the mean of bilinear samples on a grid; nothing is rounded.
+
+    .. math::  y(ph, pw) = \frac{1}{g_h g_w} \sum_{i < g_h, \, j < g_w} x(y_i, x_j), \quad
+               y_i = y_1 + (ph + (i + 0.5) / g_h) \cdot h / PH, \; x_j \text{ likewise}
 
     Parameters
     ----------
     input : array (N, C, H, W)
+        dtypes as in `roi_pool`.
     rois : array (R, 5)
         As in `roi_pool`.
     sampling_ratio : int
@@ -309,7 +320,8 @@ def roi_align(
 
     Notes
     -----
-    A sample more than a pixel outside the map is 0; others are clamped to it. All samples count in the mean.
+    Mask R-CNN, arXiv 1703.06870. x(y, x) is Eq. 3 of arXiv 1703.06211: a sample more than a pixel outside the map is
+    0, others are clamped to it, and all count in the mean. A bin without samples is 0.
 
     Examples
     --------
@@ -359,6 +371,11 @@ def roi_align_backward(
     ValueError, TypeError
         As `roi_align`; also where `wrt` names an argument that is absent or has no gradient.
 
+    Notes
+    -----
+    Each sample's share of the gradient goes to its four pixels with the weights of Eq. 3. Repeatability: as
+    `roi_pool_backward`.
+
     Examples
     --------
     >>> import numpy as np
@@ -392,7 +409,7 @@ def ps_roi_align(
     Parameters
     ----------
     input : array (N, C, H, W)
-        C a multiple of PH*PW.
+        The score maps, C a multiple of PH*PW; dtypes as in `roi_pool`.
     rois : array (R, 5)
         As in `roi_pool`.
 
@@ -409,7 +426,8 @@ def ps_roi_align(
 
     Notes
     -----
-    A bin without samples is 0 (torchvision: NaN).
+    The sum of `roi_align` with R-FCN's score maps (Light-Head R-CNN, arXiv 1711.07264). A bin without samples is 0
+    (torchvision: NaN).
 
     Examples
     --------
@@ -457,6 +475,11 @@ def ps_roi_align_backward(
     ------
     ValueError, TypeError
         As `ps_roi_align`; also where `wrt` names an argument that is absent or has no gradient.
+
+    Notes
+    -----
+    Each sample's share of the gradient goes to its four pixels with the weights of Eq. 3. Repeatability: as
+    `roi_pool_backward`.
 
     Examples
     --------

@@ -136,6 +136,19 @@ def test_every_operator_of_the_layers_can_be_profiled() -> None:
         assert inputs.shape[0] == inputs.sizes[OPS[layer["op"]].output.split()[0]], name
 
 
+def test_reuse_writes_into_one_array_and_gives_the_backward_what_the_forward_kept(tmp_path: Path) -> None:
+    inputs = profiling.make_inputs(layers.cut(layers.LAYERS["frcnn-roi"]), "random", "float32", 0)
+    want = {direction: profiling.runner(inputs, direction, "cpu")() for direction in profiling.DIRECTIONS}
+    forward, backward = (profiling.runner(inputs, each, "cpu", reuse=True) for each in profiling.DIRECTIONS)
+    assert forward() is forward()
+    assert np.array_equal(forward(), want["forward"])
+    inputs.sample.arrays["input"][:] = 0  # the maxima's places are known
+    assert np.array_equal(backward()["input"], want["backward"]["input"])
+    path = tmp_path / "reused.json"
+    assert run(*QUICK, "--direction", "forward", "--reuse", "--output", str(path)).exit_code == 0
+    assert record.read(path)["settings"]["reuse"] and "arrays reused" in record.caption(record.read(path))
+
+
 def test_ctrl_c_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = profiling.profile
 

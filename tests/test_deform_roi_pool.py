@@ -151,6 +151,22 @@ def test_whole_pixel_shift_is_a_shifted_roi(backend: Backend) -> None:
     assert np.allclose(pooled(backend, shifted, output_size=2, convention="rfcn"), there, atol=1e-12)
 
 
+@pytest.mark.parametrize("channels", [3, 20])
+def test_one_group_of_score_maps_is_the_plain_rfcn_convention(backend: Backend, channels: int) -> None:
+    rng = np.random.default_rng(4)
+    boxes = rois((0.4, 1.2, 6.1, 5.9), (-2, 3, 5, 9), (2, 2, 2, 2))
+    arrays, shift = {"input": rng.standard_normal((1, channels, 7, 8)), "rois": boxes}, rng.uniform(-1, 1, (3, 2, 2, 2))
+    grad, common = rng.standard_normal((3, channels, 2, 2)), {"output_size": 2}
+    plain, grouped = {**arrays, "offset": shift}, {**arrays, "trans": shift}
+    rfcn, one = {**common, "convention": "rfcn"}, {**common, "group_size": 1}
+    out = pooled(backend, plain, **rfcn)
+    assert np.allclose(backend.forward(DEFORM_PS_ROI_POOL, grouped, one), out, atol=1e-12)
+    got = backend.backward(DEFORM_PS_ROI_POOL, {"grad_output": grad, **grouped}, one)
+    want = backend.backward(DEFORM_ROI_POOL, {"grad_output": grad, **plain}, rfcn)
+    assert np.allclose(got["input"], want["input"], atol=1e-12)
+    assert np.allclose(got["trans"], want["offset"], atol=1e-12)
+
+
 # ---------------------------------------------------------------- kinks
 
 

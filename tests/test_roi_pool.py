@@ -186,22 +186,45 @@ def test_a_wrong_argmax_is_an_error(name: str) -> None:
 # ---------------------------------------------------------------- strange RoIs, for every RoI operator
 
 
-def small_call(op: Op, boxes: np.ndarray, channels: int = 4, dtype: type = np.float64) -> tuple[dict, dict]:
-    """Arrays and parameters with 2x2 bins and, where there are, offsets; pixels of 1 to 2."""
+CONVENTIONS: dict[str, list[dict[str, Any]]] = {
+    "roi_pool": [{"mode": "max"}, {"mode": "avg"}],
+    "ps_roi_pool": [{"convention": "rfcn"}, {"convention": "torchvision"}],
+    "roi_align": [{"aligned": False}, {"aligned": True}, {"sampling_ratio": 3}],
+    "ps_roi_align": [{}, {"sampling_ratio": 3}],
+    "deform_roi_pool": [
+        {"convention": "paper"}, {"convention": "rfcn"}, {"convention": "mmcv"},
+        {"convention": "mmcv", "sampling_ratio": 3},
+    ],
+    "deform_ps_roi_pool": [{}],
+}  # fmt: skip
+CASES = [
+    pytest.param(op, options, id=" ".join([op.name, *(f"{name}={value}" for name, value in options.items())]))
+    for op in ROI_OPS
+    for options in CONVENTIONS[op.name]
+]
+
+
+def small_call(
+    op: Op, boxes: np.ndarray, channels: int = 4, dtype: type = np.float64, **options: Any
+) -> tuple[dict, dict]:
+    """Arrays and parameters with 2x2 bins and, where there are, offsets and a mask; pixels of 1 to 2."""
     rng = np.random.default_rng(2)
     arrays = {"input": rng.uniform(1, 2, (1, channels, 5, 6)), "rois": boxes}
     for name in ("offset", "trans"):
         if name in op.arrays:
             arrays[name] = rng.uniform(-0.5, 0.5, (len(boxes), 2, 2, 2))
-    params: dict[str, Any] = {"output_size": 2}
-    return {name: np.asarray(array, dtype) for name, array in arrays.items()}, params
+    if "mask" in op.arrays:
+        arrays["mask"] = rng.uniform(0.5, 1, (len(boxes), 2, 2))
+    return {name: np.asarray(array, dtype) for name, array in arrays.items()}, {"output_size": 2, **options}
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("op", ROWS)
-def test_rois_outside_give_zeros_and_no_gradient(backend: Backend, op: Op, dtype: type) -> None:
+@pytest.mark.parametrize(("op", "options"), CASES)
+def test_rois_outside_give_zeros_and_no_gradient(
+    backend: Backend, op: Op, options: dict[str, Any], dtype: type
+) -> None:
     boxes = rois((100, 100, 120, 110), (-50, -50, -40, -45), (1e6, 0, 1e6 + 9, 3), (1e30, 1e30, 1e30, 1e30))
-    arrays, params = small_call(op, boxes, dtype=dtype)
+    arrays, params = small_call(op, boxes, dtype=dtype, **options)
     out = backend.forward(op, arrays, params)
     assert not out.any()
     for name, grad in backend.backward(op, {"grad_output": np.ones_like(out), **arrays}, params).items():
@@ -210,13 +233,15 @@ def test_rois_outside_give_zeros_and_no_gradient(backend: Backend, op: Op, dtype
 
 @pytest.mark.parametrize("channels", [4, 20])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("op", ROWS)
-def test_tiny_inverted_and_huge_rois(backend: Backend, op: Op, dtype: type, channels: int) -> None:
+@pytest.mark.parametrize(("op", "options"), CASES)
+def test_tiny_inverted_and_huge_rois(
+    backend: Backend, op: Op, options: dict[str, Any], dtype: type, channels: int
+) -> None:
     boxes = rois(
         (2, 2, 2, 2), (2.2, 1.3, 2.2001, 1.3001), (4, 4, 1, 1), (3, 4, 5, -2), (-1e6, -1e6, 1e6, 1e6), (0, 0, 1e6, 4),
         (-1e30, -1e30, 1e30, 1e30), (-3e38, 0, 3e38, 3e38), (1e30, 1e30, -1e30, -1e30), (0, 0, 5, 4), (0, 0, 5, 4),
     )  # fmt: skip
-    arrays, params = small_call(op, boxes, channels, dtype)
+    arrays, params = small_call(op, boxes, channels, dtype, **options)
     start = time.perf_counter()
     out = backend.forward(op, arrays, params)
     grads = backend.backward(op, {"grad_output": np.ones_like(out), **arrays}, params)
@@ -225,8 +250,11 @@ def test_tiny_inverted_and_huge_rois(backend: Backend, op: Op, dtype: type, chan
     assert all(np.isfinite(grad).all() for grad in grads.values())
     if "offset" not in arrays and "trans" not in arrays:
         assert np.array_equal(out[-1], out[-2])
-    reference = Backend("reference").forward(op, arrays, params)
-    assert np.allclose(out, reference, atol=1e-6 if dtype == np.float32 else 1e-12)
+    reference, close = Backend("reference"), 1e-6 if dtype == np.float32 else 1e-12
+    assert np.allclose(out, reference.forward(op, arrays, params), atol=close)
+    want = reference.backward(op, {"grad_output": np.ones_like(out), **arrays}, params)
+    for name, grad in grads.items():
+        assert np.allclose(grad, want[name], rtol=10 * close, atol=10 * close * np.abs(want[name]).max()), name
 
 
 @pytest.mark.parametrize("op", ROWS)
