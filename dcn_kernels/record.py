@@ -28,8 +28,8 @@ FIELDS: dict[str, tuple[Any, str]] = {
     "dirty": (bool, "the source tree differed from that commit"),
     "settings": (
         dict,
-        "directions, dtypes, backends, offsets, threads, seed, budget (seconds a row), reuse (as --reuse; absent is no), "
-        "blas, load (before the run)",
+        "directions, dtypes, backends, offsets, threads, seed, budget (seconds a row), "
+        "reuse (as --reuse; absent is no), blas, load (before the run)",
     ),
     "rows": (list, "one per layer, offsets, direction, dtype and backend"),
 }
