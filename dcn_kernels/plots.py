@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from typing import Any
 
-from dcn_kernels.record import Record
+from dcn_kernels.record import PLAIN, Record, key
 
 # Okabe and Ito's colours: told apart also by the colour-blind
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000", "#999999")
@@ -26,6 +26,8 @@ def draw(records: dict[str, Record], what: str, kind: str) -> bytes:
     ValueError
         The records hold nothing to draw.
     """
+    if not any(record["rows"] for record in records.values()):
+        raise ValueError("the records hold no rows to draw")
     import matplotlib
 
     matplotlib.use("Agg")
@@ -39,6 +41,12 @@ def draw(records: dict[str, Record], what: str, kind: str) -> bytes:
     return buffer.getvalue()
 
 
+def _suffix(records: dict[str, Record], name: str) -> str:
+    """The record's name, where two records hold the same row."""
+    keys = [{key(row) for row in record["rows"]} for record in records.values()]
+    return f" ({name})" if len(set().union(*keys)) < sum(map(len, keys)) else ""
+
+
 def _series(records: dict[str, Record], row: dict[str, Any], name: str) -> str:
     """What a bar of ours is called: the backend, and whatever else tells rows apart."""
     rows = [r for record in records.values() for r in record["rows"]]
@@ -47,7 +55,7 @@ def _series(records: dict[str, Record], row: dict[str, Any], name: str) -> str:
         words.append(row["dtype"])
     if len({r["threads"] for r in rows}) > 1:
         words.append(f"{row['threads']} thread" + "s" * (row["threads"] > 1))
-    return " ".join(words) + (f" ({name})" if len(records) > 1 else "")
+    return " ".join(words) + _suffix(records, name)
 
 
 def _place(row: dict[str, Any]) -> str:
@@ -57,6 +65,9 @@ def _place(row: dict[str, Any]) -> str:
 
 def _bars(plt: Any, panels: dict[str, dict[str, dict[str, float]]], unit: str, title: str, log: bool) -> Any:
     """Horizontal bars: panel -> place -> series -> value."""
+    from matplotlib import ticker
+    from matplotlib.patches import Patch
+
     series = list(dict.fromkeys(name for places in panels.values() for bars in places.values() for name in bars))
     places = list(dict.fromkeys(place for panel in panels.values() for place in panel))
     height = 1.6 + len(places) * max(0.5, 0.2 + 0.17 * len(series))
@@ -64,20 +75,21 @@ def _bars(plt: Any, panels: dict[str, dict[str, dict[str, float]]], unit: str, t
         1, len(panels), figsize=(6.2 * len(panels), height), sharey=True, squeeze=False, layout="constrained"
     )
     thick = 0.8 / len(series)
-    handles: dict[str, Any] = {}
+    colours = {name: _COLOURS[number % len(_COLOURS)] for number, name in enumerate(series)}
     for axis, (panel, groups) in zip(axes[0], panels.items(), strict=True):
         values = [value for bars in groups.values() for value in bars.values()]
-        for number, name in enumerate(series):
-            at = [place for place in places if name in groups.get(place, {})]
-            long = [groups[place][name] for place in at]
-            middle = (number - (len(series) - 1) / 2) * thick
-            colour = _COLOURS[number % len(_COLOURS)]
-            drawn = axis.barh([places.index(p) + middle for p in at], long, thick * 0.92, color=colour)
+        for place, bars in groups.items():
+            present = [name for name in series if name in bars]
+            long = [bars[name] for name in present]
+            first = places.index(place) - (len(present) - 1) / 2 * thick  # bars side by side, whichever are missing
+            at = [first + number * thick for number in range(len(present))]
+            drawn = axis.barh(at, long, thick * 0.92, color=[colours[name] for name in present])
             labels = [f"{value:.3g}" if value < 100 else f"{value:.0f}" for value in long]
             axis.bar_label(drawn, labels, padding=2, fontsize=8)
-            handles.setdefault(name, drawn)
         if log:
             axis.set_xscale("log")
+            axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            axis.xaxis.set_minor_formatter(ticker.NullFormatter())
             axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
             axis.set_xlim(min(values) / 2, max(values) * 2.5)
         else:
@@ -90,7 +102,7 @@ def _bars(plt: Any, panels: dict[str, dict[str, dict[str, float]]], unit: str, t
     axes[0][0].set_ylim(len(places) - 0.4, -0.6)
     columns = min(3, len(series))
     figure.legend(
-        [handles[n] for n in series],
+        [Patch(color=colours[name]) for name in series],
         series,
         title=title,
         loc="outside upper left",
@@ -112,7 +124,7 @@ def _most_threads(records: dict[str, Record]) -> dict[str, Record]:
     """The rows at each record's largest number of threads: the others are for the picture of scaling."""
     kept = {}
     for name, record in records.items():
-        most = max(row["threads"] for row in record["rows"])
+        most = max((row["threads"] for row in record["rows"]), default=1)
         kept[name] = {**record, "rows": [row for row in record["rows"] if row["threads"] == most]}
     return kept
 
@@ -125,8 +137,7 @@ def _speed(plt: Any, records: dict[str, Record]) -> Any:
             bars = panels.setdefault(row["direction"], {}).setdefault(_place(row), {})
             bars[_series(records, row, name)] = row["median_ms"]
             for peer, theirs in row["against"].items():
-                label = {"torch": "plain conv2d (torch)"}.get(peer, peer)
-                bars[label] = theirs["median_ms"]
+                bars[PLAIN.get(peer, peer) + _suffix(records, name)] = theirs["median_ms"]
     return _bars(plt, panels, "milliseconds, median (log scale; shorter is better)", _where(records), log=True)
 
 
@@ -144,9 +155,11 @@ def _memory(plt: Any, records: dict[str, Record]) -> Any:
 
 def _scaling(plt: Any, records: dict[str, Record]) -> Any:
     lines: dict[str, dict[str, dict[int, float]]] = {}
-    for record in records.values():
+    dtypes = {row["dtype"] for record in records.values() for row in record["rows"]}
+    for name, record in records.items():
         for row in record["rows"]:
             label = f"{row['layer']} {row['backend']}" + ("" if row["offsets"] == "none" else f", {row['offsets']}")
+            label += (f", {row['dtype']}" if len(dtypes) > 1 else "") + _suffix(records, name)
             lines.setdefault(row["direction"], {}).setdefault(label, {})[row["threads"]] = row["median_ms"]
     if all(len(points) < 2 for panel in lines.values() for points in panel.values()):
         raise ValueError("scaling needs rows at two numbers of threads: --threads 1 --threads 2")

@@ -111,7 +111,7 @@ def check(record: Any, name: str = "record") -> Record:
     if record.get("schema") != SCHEMA:
         raise BadRecord(f"{name}: schema {record.get('schema')!r}, expected {SCHEMA}")
     _check_fields(record, FIELDS, name)
-    _check_fields(record["device"], {"cpu": (str, "")}, f"{name}: device")
+    _check_fields(record["device"], {"cpu": (str, ""), "cores": (int, "")}, f"{name}: device")
     _check_fields(record["settings"], {"backends": (list, "")}, f"{name}: settings")
     if not all(isinstance(word, str) for word in record["settings"]["backends"]):
         raise BadRecord(f"{name}: settings: backends: expected names")
@@ -334,6 +334,10 @@ def compare(old: Record, new: Record) -> tuple[list[dict[str, Any]], list[str]]:
     ]
     if changed:
         warnings.append("the versions differ: " + ", ".join(changed))
+    for name, record in (("old", old), ("new", new)):
+        load = record["settings"].get("load")
+        if isinstance(load, NUMBER) and load > 0.5 * record["device"]["cores"]:
+            warnings.append(f"other work was running before the {name} record (load {load:.1f})")
     before, after = ({key(row): row for row in record["rows"]} for record in (old, new))
     for name, left, right in (("old", before, after), ("new", after, before)):
         alone = [k for k in left if k not in right]

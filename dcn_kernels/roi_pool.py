@@ -617,6 +617,7 @@ ROI_POOL = Op(
     derived=POOLED,
     divides=(),
     samples=samples.roi_pool,
+    kinks=samples.roi_pool_kinks,
     layer_sample=samples.roi_layer,
     flops=roi_flops,
     bytes=roi_bytes,

@@ -422,6 +422,70 @@ def deform_ps_roi_pool(seed: int) -> list[Sample]:
     return cases
 
 
+def roi_pool_kinks(seed: int) -> list[Sample]:
+    """Maps of few values: of equal maxima the first in row-major order gets the gradient."""
+    from dcn_kernels.op import Sample
+
+    rng = np.random.default_rng(seed)
+    image = rng.integers(0, 2, (1, 1, 6, 7)).astype(float)
+    rois = np.array([[0, 1, 0, 4, 5], [0, 0, 2, 6, 4], [0, 4, 3, 9, 8]], float)  # whole pixels, ends included
+    expected = np.zeros_like(image)
+    for _, x1, y1, x2, y2 in rois.astype(int):
+        h, w = y2 - y1 + 1, x2 - x1 + 1
+        for ph, pw in np.ndindex(2, 2):
+            rows = range(min(y1 + ph * h // 2, 6), min(y1 - (-(ph + 1) * h // 2), 6))
+            columns = range(min(x1 + pw * w // 2, 7), min(x1 - (-(pw + 1) * w // 2), 7))
+            pixels = [(row, column) for row in rows for column in columns]
+            if pixels:
+                expected[0, 0][max(pixels, key=lambda at: image[0, 0][at])] += 1  # max gives the first
+    arrays, params = {"input": image, "rois": rois}, _roi_params((2, 2), 1.0, mode="max")
+    return [Sample(arrays, params, "kink: max, ties", expected={"input": expected})]
+
+
+def deform_roi_pool_kinks(seed: int) -> list[Sample]:
+    """Offset 0 and samples on pixel lines: right-hand slopes of the border rule, 0 beyond it."""
+    from dcn_kernels.op import Sample
+
+    rng, cases = np.random.default_rng(seed), []
+    image = _values(rng, (1, 1, 5, 6))
+    # one pixel a bin: "paper" samples at the pixel, "mmcv" in the middle of a bin that starts half a pixel before it
+    for convention, border, beyond in (("paper", "zeros", 0), ("mmcv", "edge", 1)):
+        corners = [(0, 0), (2, 3), (4, 3), (-1, 1)]  # x, y of each RoI's first sample
+        rois = np.array([[0, x, y, x + 1 + beyond, y + 1 + beyond] for x, y in corners], float)
+        y, x = (rois[:, axis].astype(int)[:, None, None] + np.indices((2, 2))[2 - axis] for axis in (2, 1))
+        slope_y, slope_x = slopes_on_lines(image[0, 0], border, y, x)
+        expected = 0.125 * 2 * np.stack([slope_x, slope_y], axis=1)  # gamma times a RoI's two pixels, x first
+        arrays = {"input": image, "rois": rois, "offset": np.zeros(expected.shape)}
+        params = _roi_params((2, 2), 1.0, gamma=0.125, sampling_ratio=1, convention=convention)
+        cases.append(Sample(arrays, params, f"kink: {convention}, offset 0", expected={"offset": expected}))
+    return cases
+
+
+def deform_ps_roi_pool_kinks(seed: int) -> list[Sample]:
+    """One sample a RoI, on a pixel line or clipped to the map along one axis: 0 along that axis."""
+    from dcn_kernels.op import Sample
+
+    rng = np.random.default_rng(seed)
+    image = _values(rng, (1, 1, 6, 7))
+    # x1, y1, and the shift in pixels from half a pixel before them: on a line and clipped, in y and in x
+    ways = [(2, 1, 0.75, 0.5), (0, 2, 0.5, 0.75), (2, 0, 0.75, 0.25), (0, 1, 0.125, 0.75), (3, 5, 0.75, 0.75)]
+    rois = np.array([[0, x1, y1, x1 + 3, y1 + 3] for x1, y1, _, _ in ways], float)  # 4x4 pixels: trans_std*4 = 0.5
+    trans = np.array([[dx / 0.5, dy / 0.5] for _, _, dx, dy in ways]).reshape(-1, 2, 1, 1)
+    expected = np.zeros_like(trans)
+    for number, (x1, y1, dx, dy) in enumerate(ways):
+        x, y = x1 - 0.5 + dx, y1 - 0.5 + dy
+        column, row, across, down = int(max(x, 0)), int(max(y, 0)), max(x, 0) % 1, max(y, 0) % 1
+        right, below = min(column + 1, 6), min(row + 1, 5)
+        corners = image[0, 0][np.ix_([row, below], [column, right])]
+        if x > 0 and across:
+            expected[number, 0] = 0.5 * (np.diff(corners, axis=1).ravel() @ [1 - down, down])
+        if 5 > y > 0 and down:
+            expected[number, 1] = 0.5 * (np.diff(corners, axis=0).ravel() @ [1 - across, across])
+    params = _roi_params((1, 1), 1.0, group_size=None, part_size=None, sample_per_part=1, trans_std=0.125)
+    arrays = {"input": image, "rois": rois, "trans": trans}
+    return [Sample(arrays, params, "kink: on a line, clipped", expected={"trans": expected})]
+
+
 def _roi_layer(layer: dict[str, Any], seed: int) -> tuple[np.random.Generator, dict[str, Any]]:
     """Input and rois of a layer: sizes N C H W R, spatial_scale; boxes from 1/16 of the image to all of it."""
     rng = np.random.default_rng(seed)

@@ -19,7 +19,7 @@ from click.testing import CliRunner, Result
 from dcn_kernels.cli.bench import main
 
 import dcn_kernels.cpu.deform_conv as cpu_deform_conv
-from dcn_kernels import ceiling, layers, peers, profiling, record
+from dcn_kernels import ceiling, layers, peers, plots, profiling, record
 from dcn_kernels.environment import why_not
 from dcn_kernels.registry import OPS
 
@@ -447,6 +447,7 @@ def test_compare_fails_above_a_ratio(tmp_path: Path) -> None:
     for row, factor in zip(new["rows"], (2.0, 1.0), strict=True):
         row["samples_ms"] = [factor * s for s in (10.0, 10.1, 9.9, 10.0)]
     for name, found in (("old", old), ("new", new)):
+        found["settings"]["load"] = 0.0  # whatever else runs beside the tests
         (tmp_path / f"{name}.json").write_text(record.to_json(found))
     both = str(tmp_path / "old.json"), str(tmp_path / "new.json")
     result = run("compare", *both, "--json")
@@ -458,6 +459,9 @@ def test_compare_fails_above_a_ratio(tmp_path: Path) -> None:
     (tmp_path / "new.json").write_text(record.to_json(new))
     warnings = run("compare", *both).stderr
     assert "the machines differ (cpu)" in warnings and "numpy" in warnings
+    new["settings"]["load"] = 9.5 * new["device"]["cores"]
+    (tmp_path / "new.json").write_text(record.to_json(new))
+    assert "other work was running before the new record" in run("compare", *both).stderr
     new["rows"] = []
     (tmp_path / "new.json").write_text(record.to_json(new))
     assert run("compare", *both).exit_code == 1
@@ -514,7 +518,16 @@ def test_pictures(tmp_path: Path) -> None:
     one = record.read("run.json")
     one["rows"] = [row for row in one["rows"] if row["threads"] == 1]
     Path("one.json").write_text(record.to_json(one))
+    Path("none.json").write_text(record.to_json({**one, "rows": []}))
+    assert "no rows to draw" in one_line(run("plot", "none.json", "-o", "n.png"), 2)
     assert "two numbers of threads" in one_line(run("plot", "one.json", "-o", "s.png", "--what", "scaling"), 2)
+
+
+def test_bars_are_told_apart_by_record_only_where_rows_are_in_both(tmp_path: Path) -> None:
+    both = measured(tmp_path / "run.json")
+    forward, backward = ({**both, "rows": [row]} for row in both["rows"])
+    assert plots._series({"a": forward, "b": backward}, forward["rows"][0], "a") == "dcn-kernels cpu"
+    assert plots._series({"a": forward, "b": both}, forward["rows"][0], "a") == "dcn-kernels cpu (a)"
 
 
 def test_published_records_are_whole_and_their_readme_is_theirs() -> None:
