@@ -291,6 +291,14 @@ def check_rois(op: str, rois: Any, images: int) -> None:
         raise ValueError(f"{op}: rois: expected batch indices among 0..N-1, N = {images}, got {image[r]} in row {r}")
 
 
+def check_argmax(op: str, argmax: Any, pixels: int) -> None:
+    """Every index is a pixel's, or -1."""
+    values = argmax.get() if hasattr(argmax, "get") else argmax
+    wrong = values[(values < -1) | (values >= pixels)]
+    if wrong.size:
+        raise argmax_error(op, pixels, int(wrong[0]))
+
+
 def argmax_error(op: str, pixels: int, got: int) -> ValueError:
     """The wording of an argmax that is no pixel's."""
     return ValueError(f"{op}: argmax: expected indices among -1..H*W-1, H*W = {pixels}, got {got}")

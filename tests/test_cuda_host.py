@@ -105,7 +105,7 @@ def _slow(test: Any) -> Any:
 def _tests_of_backends() -> dict[str, Any]:
     """The tests of these modules that take a backend; collected here, they get this module's."""
     found = {}
-    for stem in ("ops", "deform_conv", "offset_sample", "sampling"):
+    for stem in ("ops", "deform_conv", "offset_sample", "roi_pool", "deform_roi_pool", "sampling"):
         for name, test in vars(import_module(f"test_{stem}")).items():
             if name.startswith("test_") and "backend" in inspect.signature(test).parameters:
                 name = f"test_{stem}_{name.removeprefix('test_')}"

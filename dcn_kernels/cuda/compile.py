@@ -27,7 +27,17 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent
-FILES = ("staging", "sort", "cells", "gather", "deform_conv", "offset_sample")
+FILES = (
+    "staging",
+    "sort",
+    "cells",
+    "gather",
+    "deform_conv",
+    "offset_sample",
+    "roi_mean",
+    "roi_pool",
+    "deform_roi_pool",
+)
 ARCHS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 
 Flags = dict[str, Any]  # macro -> C type or number

@@ -33,6 +33,11 @@ __device__ __forceinline__ axis_t align(acc_t v, acc_t size) {
   return {clamp_to_image(v, size), v >= -1 && v <= size, v >= 0 && v < size - 1};
 }
 
+// Not counted more than half a pixel outside, else clamped to the image; still at whole pixels (deformable R-FCN).
+__device__ __forceinline__ axis_t psroi(acc_t v, acc_t size) {
+  return {clamp_to_image(v, size), v >= -0.5f && v <= size - 0.5f, v > 0 && v < size - 1 && v != floor(v)};
+}
+
 enum border_t { ZEROS, MSRA, EDGE, ALIGN };
 
 __device__ __forceinline__ axis_t axis(int border, acc_t v, int size) {
@@ -81,4 +86,21 @@ __device__ __forceinline__ corners_t corners(acc_t y, acc_t x, int height, int w
 // G(q, p) of corner q.
 __device__ __forceinline__ acc_t corner_weight(acc_t ly, acc_t lx, int q) {
   return (q / 2 ? ly : 1 - ly) * (q % 2 ? lx : 1 - lx);
+}
+
+// What the samples of one axis take from one line of pixels: the sums of g(line, p) and of its right-hand derivative.
+struct line_t {
+  acc_t weight, slope;
+  bool counts, moves;  // some sample that counts, that moves, has the line in its cell
+};
+
+__device__ __forceinline__ void add_sample(line_t& to, const axis_t& at, int line) {
+  if (!(at.counts || at.moves)) return;  // the position may be anywhere
+  const acc_t cell = floor(at.position), l = at.position - cell;
+  const int below = line - int(cell);  // 0: the cell's first line, 1: its second
+  if (below != 0 && below != 1) return;
+  if (at.counts) to.weight += below ? l : 1 - l;
+  if (at.moves) to.slope += below ? 1 : -1;
+  to.counts |= at.counts;
+  to.moves |= at.moves;
 }

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dcn_kernels.reference.sampling import Corners, corners, sample, scatter
-from dcn_kernels.shapes import accumulator, argmax_error
+from dcn_kernels.shapes import accumulator, check_argmax
 
 FAR = 2.0**100  # pixels: coordinates beyond it are cut to it, so that sizes and bins stay finite
 
@@ -278,9 +278,7 @@ def roi_pool_backward(
             if b.number:
                 argmax[b.to] = _first_maximum(input, b)
     pixels = input.shape[2] * input.shape[3]
-    wrong = argmax[(argmax < -1) | (argmax >= pixels)]
-    if wrong.size:
-        raise argmax_error("roi_pool", pixels, int(wrong[0]))
+    check_argmax("roi_pool", argmax, pixels)
     grad = np.zeros((*input.shape[:2], pixels))
     for image, at, values in zip(rois[:, 0].astype(int), argmax, grad_output.astype(np.float64), strict=True):
         for channel in range(input.shape[1]):

@@ -38,11 +38,19 @@
 #define blockDim (host::block_size())
 #define gridDim (host::grid_size())
 #define __syncthreads() host::sync_block(__LINE__)
+#define __syncwarp() host::sync_warp(__LINE__)
 #define __shfl_xor_sync(mask, value, distance) host::shuffle_xor(mask, value, distance, __LINE__)
 #define __ballot_sync(mask, predicate) host::ballot(mask, predicate, __LINE__)
 
+using std::ceil;
 using std::floor;
+using std::round;
 
+// -ffp-contract=off: each is rounded
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline double __dadd_rn(double a, double b) { return a + b; }
+inline double __dmul_rn(double a, double b) { return a * b; }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 
 template <typename To, typename From>
@@ -63,6 +71,10 @@ inline void check_aligned(const void* pointer, size_t bytes, int line) {
 template <int ID, typename T>
 T& shared_array() {
   return *static_cast<T*>(shared(ID, sizeof(T)));
+}
+
+inline void sync_warp(int line) {
+  meet(0xffffffffu, nullptr, line, [](void**) {}, true);
 }
 
 template <typename T>

@@ -1,0 +1,156 @@
+"""Deformable RoI pooling, plain and position-sensitive: the launcher of deform_roi_pool.cu."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod
+from typing import Any
+
+from dcn_kernels.cuda import device as _device
+from dcn_kernels.cuda import roi_mean
+from dcn_kernels.cuda.compile import Flags
+from dcn_kernels.cuda.device import DEFAULT_WORKSPACE, Device
+from dcn_kernels.cuda.roi_mean import WARPS, Pooling, Source, Target, input_gradient, mean, set_strides
+
+BUILD = "deform_roi_pool"
+SAMPLES = 4  # "rfcn": where sampling_ratio is 0
+
+
+def deform_roi_pool(
+    input: Any,  # (N, C, H, W)
+    rois: Any,  # (R, 5)
+    offset: Any,  # (R, 2, PH, PW) or None
+    mask: Any,  # (R, PH, PW) or None
+    *,
+    output_size: tuple[int, int],
+    spatial_scale: float,
+    gamma: float,
+    sampling_ratio: int,
+    convention: str,
+    out: Any = None,
+    workspace_bytes: int = DEFAULT_WORKSPACE,
+    device: Device | None = None,
+    **_: Any,
+) -> Any:
+    """Returns (R, C, PH, PW)."""
+    device = device or _device.current()
+    rule, ratio = _rule(convention, sampling_ratio)
+    options: dict[str, Any] = {"output_size": output_size, "spatial_scale": spatial_scale, "factor": gamma}
+    pooling = Pooling("deform_roi_pool", device, input, rois, offset, mask, rule=rule, ratio=ratio, **options)
+    return mean(pooling, out, workspace_bytes)
+
+
+def deform_roi_pool_backward(
+    grad_output: Any,  # (R, C, PH, PW)
+    input: Any,
+    rois: Any,
+    offset: Any,
+    mask: Any,
+    *,
+    output_size: tuple[int, int],
+    spatial_scale: float,
+    gamma: float,
+    sampling_ratio: int,
+    convention: str,
+    deterministic: bool,
+    wrt: tuple[str, ...],
+    workspace_bytes: int = DEFAULT_WORKSPACE,
+    device: Device | None = None,
+    **_: Any,
+) -> dict[str, Any]:
+    """Returns argument name -> gradient."""
+    device = device or _device.current()
+    rule, ratio = _rule(convention, sampling_ratio)
+    options: dict[str, Any] = {"output_size": output_size, "spatial_scale": spatial_scale, "factor": gamma}
+    pooling = Pooling("deform_roi_pool", device, input, rois, offset, mask, rule=rule, ratio=ratio, **options)
+    given = {"input": input, "offset": offset, "mask": mask}
+    grads = {name: device.empty(given[name].shape, given[name].dtype) for name in wrt}
+    _gradients(pooling, grad_output, grads, deterministic, workspace_bytes)
+    return grads
+
+
+def deform_ps_roi_pool(
+    input: Any,  # (N, C, H, W)
+    rois: Any,  # (R, 5)
+    trans: Any,  # (R, 2*classes, part, part) or None
+    *,
+    output_size: tuple[int, int],
+    spatial_scale: float,
+    group_size: int,
+    part_size: tuple[int, int],
+    sample_per_part: int,
+    trans_std: float,
+    out: Any = None,
+    workspace_bytes: int = DEFAULT_WORKSPACE,
+    device: Device | None = None,
+    **_: Any,
+) -> Any:
+    """Returns (R, C/(G*G), PH, PW)."""
+    device = device or _device.current()
+    options: dict[str, Any] = {"output_size": output_size, "spatial_scale": spatial_scale, "factor": trans_std}
+    options |= {"rule": "rfcn", "ratio": sample_per_part, "maps": (group_size, group_size)}
+    return mean(Pooling("deform_ps_roi_pool", device, input, rois, trans, **options), out, workspace_bytes)
+
+
+def deform_ps_roi_pool_backward(
+    grad_output: Any,  # (R, C/(G*G), PH, PW)
+    input: Any,
+    rois: Any,
+    trans: Any,
+    *,
+    output_size: tuple[int, int],
+    spatial_scale: float,
+    group_size: int,
+    part_size: tuple[int, int],
+    sample_per_part: int,
+    trans_std: float,
+    deterministic: bool,
+    wrt: tuple[str, ...],
+    workspace_bytes: int = DEFAULT_WORKSPACE,
+    device: Device | None = None,
+    **_: Any,
+) -> dict[str, Any]:
+    """Returns argument name -> gradient."""
+    device = device or _device.current()
+    options: dict[str, Any] = {"output_size": output_size, "spatial_scale": spatial_scale, "factor": trans_std}
+    options |= {"rule": "rfcn", "ratio": sample_per_part, "maps": (group_size, group_size)}
+    pooling = Pooling("deform_ps_roi_pool", device, input, rois, trans, **options)
+    given = {"input": input, "trans": trans}
+    grads = {name: device.empty(given[name].shape, given[name].dtype) for name in wrt}
+    named = {"offset" if name == "trans" else name: grad for name, grad in grads.items()}
+    _gradients(pooling, grad_output, named, deterministic, workspace_bytes)
+    return grads
+
+
+def _rule(convention: str, sampling_ratio: int) -> tuple[str, int]:
+    if convention == "rfcn":
+        return "rfcn", sampling_ratio or SAMPLES
+    return ("aligned", sampling_ratio) if convention == "mmcv" else ("paper", 0)
+
+
+def _gradients(pooling: Pooling, grad_output: Any, grads: dict[str, Any], deterministic: bool, budget: int) -> None:
+    """Fill the gradients of "input", "offset" and "mask" as far as they are there."""
+    if grad_output.size == 0:
+        for grad in grads.values():
+            pooling.device.clear(grad)
+        return
+    of_shifts = grads.get("offset"), grads.get("mask")
+    shifts = any(grad is not None for grad in of_shifts)
+    budget //= 1 + (shifts and "input" in grads)
+    # all memory before the first launch
+    target = Target(pooling, grads["input"], budget, planes=deterministic) if "input" in grads else None
+    source = Source(pooling, budget) if shifts else None
+    if target is not None and grads["input"].size:
+        input_gradient(pooling, target, grad_output, deterministic=deterministic)
+    if source is not None:
+        parts = len(pooling.rois) * prod(int(pooling.sizes[name][0]) for name in ("classes", "part_h", "part_w"))
+        for some, s in pooling.chunks(source.images):
+            maps = source.read(s, some)
+            set_strides(s, "pooled", "rcyx", grad_output)
+            args = (grad_output, maps, pooling.rois, pooling.offset, pooling.mask, *of_shifts)
+            pooling.launch(BUILD, "offset_gradients", s, source.VEC, -(-parts // WARPS), args)
+
+
+def variants(vector_atomics: bool) -> Iterator[Flags]:
+    """The flags of every build."""
+    return roi_mean.variants(vector_atomics)
