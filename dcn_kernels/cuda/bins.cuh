@@ -252,6 +252,7 @@ __device__ __forceinline__ line_t line_of(const roi_t& s, const side_t& a, int l
     return taken;
   }
   int counted = 0;
+#pragma unroll 1
   for (int j = 0; j < a.points; j++) {
     const acc_t v = point(s.rule, a, j), size = acc_t(length);
     const axis_t at = s.rule == PAPER ? zeros(v, size) : s.rule == RFCN ? psroi(v, size) : align(v, size);
@@ -321,7 +322,9 @@ __device__ __forceinline__ void over_windows(const roi_t& s, bool slopes, bool f
   const int top = held.sides[ROWS].first, bottom = held.sides[ROWS].last;
   const int left = held.sides[COLUMNS].first, right = held.sides[COLUMNS].last;
   const bool one = bottom - top <= WINDOW && right - left <= WINDOW;
+#pragma unroll 1
   for (int y = top; y < bottom; y += WINDOW)
+#pragma unroll 1
     for (int x = left; x < right; x += WINDOW) {
       if (first || !one) {
         __syncwarp();  // the lists are used up

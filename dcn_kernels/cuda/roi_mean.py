@@ -14,13 +14,14 @@ import numpy as np
 
 from dcn_kernels.cuda.compile import CTYPES, Flags
 from dcn_kernels.cuda.device import DEFAULT_WORKSPACE, Device
+from dcn_kernels.cuda.roi_gather import collect
 from dcn_kernels.cuda.staging import copy
 from dcn_kernels.cuda.taps import LARGEST
 from dcn_kernels.shapes import accumulator
 
 BUILD = "roi_mean"
 THREADS, WARPS = 256, 8
-PIXELS, DEPTH = (4, 8), 32  # of a block that gathers: rows and columns, and channels
+VECTORS = {"float16": 8, "bfloat16": 8, "float32": 4, "float64": 1}  # channels of one load, of 16 bytes but for doubles
 RULES = ("max", "avg", "ps_rfcn", "ps_torchvision", "paper", "aligned", "legacy", "rfcn")  # in the order of rule_t
 
 ROI = np.dtype(
@@ -84,16 +85,16 @@ class Pooling:
                 s[f"wide_{name}"] = array.dtype == self.real
         self.input = self.split(input)
         self.image_size = channels * H * W
-        width = 16 // self.dtype.itemsize
-        self.VEC = width if self.C // classes % width == 0 else 1
+        self.VEC = VECTORS[self.dtype.name] if self.C // classes % VECTORS[self.dtype.name] == 0 else 1
 
     def split(self, array: Any) -> Any:
         """(N, C*maps, H, W) as (N, C, maps, H, W)."""
         return array.reshape(array.shape[0], self.C, self.maps, *array.shape[2:])
 
     def launch(self, stem: str, kernel: str, s: np.ndarray, VEC: int, blocks: int, args: tuple[Any, ...]) -> None:
-        """Start a kernel of a RoI file."""
-        self.device.launch(stem, kernel, _flags(self.device, self.dtype, VEC), blocks, THREADS, (*args, s), op=self.op)
+        """Start a kernel that takes VEC channels at once."""
+        flags = {"scalar_t": CTYPES[self.dtype.name], "VEC": VEC, "VECTOR_ATOMICS": self.device.vector_atomics}
+        self.device.launch(stem, kernel, flags, blocks, THREADS, (*args, s), op=self.op)
 
     @property
     def blocks(self) -> int:
@@ -201,35 +202,19 @@ def mean(pooling: Pooling, out: Any = None, budget: int = DEFAULT_WORKSPACE) -> 
 
 def input_gradient(pooling: Pooling, target: Target, grad_output: Any, *, deterministic: bool) -> None:
     """The gradient of the map by that of the means."""
+    arrays = (grad_output, pooling.rois, pooling.offset, pooling.mask)
     for some, s in pooling.chunks(target.images):
         sums = target.begin(s, some)
+        set_strides(s, "pooled", "rcyx", grad_output)
         if deterministic:
-            collect(pooling, s, grad_output, pooling.rois, None, sums)
+            collect(pooling.device, pooling.dtype, s, (*arrays, None, sums), op=pooling.op)
         else:
-            set_strides(s, "pooled", "rcyx", grad_output)
-            args = (grad_output, pooling.rois, pooling.offset, pooling.mask, sums)
-            pooling.launch(BUILD, "spread", s, target.VEC, pooling.blocks, args)
+            pooling.launch(BUILD, "spread", s, target.VEC, pooling.blocks, (*arrays, sums))
         target.end(some)
 
 
-def collect(pooling: Pooling, s: np.ndarray, grad_output: Any, rois: Any, argmax: Any, sums: Any) -> None:
-    """Add to `sums`, in a fixed order, what the means of RoIs or, with argmax, their maxima have to."""
-    set_strides(s, "pooled", "rcyx", grad_output)
-    if argmax is not None:
-        set_strides(s, "argmax", "rcyx", argmax)
-    images, C, maps, H, W = sums.shape
-    classes = int(s["classes"][0])
-    tiles = -(-H // PIXELS[0]) * -(-W // PIXELS[1]) * -(-C // classes // DEPTH)
-    args = (grad_output, rois, pooling.offset, pooling.mask, argmax, sums)
-    pooling.launch(BUILD, "collect", s, 1, images * maps * classes * tiles, args)
-
-
-def _flags(device: Device, dtype: np.dtype, VEC: int) -> Flags:
-    return {"scalar_t": CTYPES[dtype.name], "VEC": VEC, "VECTOR_ATOMICS": device.vector_atomics}
-
-
 def variants(vector_atomics: bool) -> Iterator[Flags]:
-    """The flags of every build: one channel at a time, or 16 bytes of them."""
-    for dtype in CTYPES.values():
-        for VEC in (1, {"double": 2, "float": 4}.get(dtype, 8)):
-            yield {"scalar_t": dtype, "VEC": VEC, "VECTOR_ATOMICS": vector_atomics}
+    """The flags of every build: one channel at a time, or several."""
+    for dtype, width in VECTORS.items():
+        for VEC in sorted({1, width}):
+            yield {"scalar_t": CTYPES[dtype], "VEC": VEC, "VECTOR_ATOMICS": vector_atomics}

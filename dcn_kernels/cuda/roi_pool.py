@@ -11,7 +11,8 @@ from dcn_kernels.cuda import device as _device
 from dcn_kernels.cuda import roi_mean
 from dcn_kernels.cuda.compile import Flags
 from dcn_kernels.cuda.device import DEFAULT_WORKSPACE, Device
-from dcn_kernels.cuda.roi_mean import THREADS, Pooling, Source, Target, collect, input_gradient, mean, set_strides
+from dcn_kernels.cuda.roi_gather import collect
+from dcn_kernels.cuda.roi_mean import THREADS, Pooling, Source, Target, input_gradient, mean, set_strides
 from dcn_kernels.shapes import check_argmax
 
 BUILD = "roi_pool"
@@ -97,13 +98,14 @@ def _maximum_gradient(
             if source is not None:
                 blocks = -(-int(s["R"][0]) * pooling.shape[2] * pooling.shape[3] // roi_mean.WARPS)
                 pooling.launch(BUILD, "maximum", s, source.VEC, blocks, (maps, rois[part], None, places))
-            if deterministic:
-                collect(pooling, s, grad_output[part], rois[part], places, sums)
-                continue
             set_strides(s, "pooled", "rcyx", grad_output)
             set_strides(s, "argmax", "rcyx", places)
-            args = (grad_output[part], rois[part], places, sums)
-            pooling.launch(BUILD, "maximum_gradient", s, 1, -(-grad_output[part].size // THREADS), args)
+            grad, own = grad_output[part], rois[part]
+            if deterministic:
+                collect(device, pooling.dtype, s, (grad, own, None, None, places, sums), op=pooling.op)
+            else:
+                blocks = -(-grad.size // THREADS)
+                pooling.launch(BUILD, "maximum_gradient", s, 1, blocks, (grad, own, places, sums))
         target.end(some)
 
 
