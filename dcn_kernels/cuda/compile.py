@@ -34,6 +34,7 @@ FILES = (
     "gather",
     "deform_conv",
     "offset_sample",
+    "roi_gather",
     "roi_mean",
     "roi_pool",
     "deform_roi_pool",
