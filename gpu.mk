@@ -41,8 +41,9 @@ gpu-test: gpu-ready ## The tests that need a GPU, under 8 minutes
 	$(GPU_PYTHON) $(GPU_PYTEST) --junitxml=$(GPU_RECORDS)/test.xml
 
 gpu-check: gpu-ready ## Gradients and agreement of the backends on the GPU, under 8 minutes each
-	$(DCN_CHECK) gradients --backend cuda --output $(GPU_RECORDS)/gradients.json
-	$(DCN_CHECK) backends --backend cuda --output $(GPU_RECORDS)/backends.json
+	@failed=0; for check in gradients backends; do \
+		$(DCN_CHECK) $$check --backend cuda --output $(GPU_RECORDS)/$$check.json || failed=1; \
+	done; exit $$failed
 
 gpu-bench: gpu-ready ## Time the operators on the GPU against torchvision; the record is saved in bench_results
 	$(DCN_BENCH) profile --backend cuda $(GPU_AGAINST) $(GPU_BENCH)

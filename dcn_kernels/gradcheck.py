@@ -131,12 +131,12 @@ def _with_dtype(op: Op, arrays: dict[str, Any], dtype: str, *, wide_coordinates:
 
 
 def to_backend(backend: str, arrays: dict[str, Any]) -> dict[str, Any]:
-    """NumPy arrays as the backend's own."""
+    """NumPy arrays as the backend's own; whatever else there is stays as it is."""
     if backend != "cuda":
         return arrays
     import cupy
 
-    return {name: cupy.asarray(array) for name, array in arrays.items()}
+    return {name: cupy.asarray(array) if isinstance(array, np.ndarray) else array for name, array in arrays.items()}
 
 
 def to_numpy(array: Any) -> Any:

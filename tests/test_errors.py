@@ -10,7 +10,7 @@ from conftest import Backend
 
 import dcn_kernels
 from dcn_kernels.deform_conv import DEFORM_CONV2D
-from dcn_kernels.gradcheck import output_shape
+from dcn_kernels.gradcheck import output_shape, to_backend
 from dcn_kernels.offset_sample import OFFSET_SAMPLE2D
 from dcn_kernels.op import Op, Sample
 
@@ -178,7 +178,7 @@ def refuses(
         if direction:
             arguments["grad_output"] = np.zeros(output_shape(op, with_defaults(op, sample))[1])
         with pytest.raises(error, match=f"^{op.name}: {message}"):
-            getattr(dcn_kernels, op.name + direction)(**arguments, backend=backend.name)
+            getattr(dcn_kernels, op.name + direction)(**to_backend(backend.name, arguments), backend=backend.name)
 
 
 def with_defaults(op: Op, sample: Sample) -> Sample:
@@ -231,5 +231,5 @@ def test_arrays_of_two_frameworks_are_an_error(backend: Backend) -> None:
             return 1, 0
 
     change = {"weight": Foreign()}
-    message = "weight: expected a numpy array as .* is, got a elsewhere one"
+    message = "weight: expected a (numpy|cupy) array as .* is, got a elsewhere one"
     refuses(DEFORM_CONV2D, CONVOLUTION, change, TypeError, message, backend)

@@ -15,7 +15,17 @@ from conftest import Backend, assert_close, cases, cast, first_cases
 
 import dcn_kernels
 from dcn_kernels.environment import why_not
-from dcn_kernels.gradcheck import BACKENDS, Case, findings, output_shape, reduction_length, relative_error, tolerance
+from dcn_kernels.gradcheck import (
+    BACKENDS,
+    Case,
+    findings,
+    output_shape,
+    reduction_length,
+    relative_error,
+    to_backend,
+    to_numpy,
+    tolerance,
+)
 from dcn_kernels.op import Op, Sample, function
 from dcn_kernels.shapes import DTYPES, HALVES
 
@@ -252,34 +262,37 @@ def test_wrt_that_names_an_absent_argument_is_an_error(backend: Backend, op: Op)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("op", "sample"), cases())
 def test_out_takes_the_result(op: Op, sample: Sample, dtype: str, backend: Backend) -> None:
-    if backend.name == "cuda":
-        pytest.skip("cuda: out is on the GPU; tested with the CUDA backend")
-    arrays = cast(sample, op, dtype)
+    arrays = to_backend(backend.name, cast(sample, op, dtype))
     expected = backend.forward(op, arrays, sample.params)
-    out = np.full(expected.shape, np.nan, expected.dtype)  # not to be added to
-    got = backend.forward(op, arrays, sample.params, out=out)
-    assert got is out
-    assert out.tobytes() == expected.tobytes()
+    filled = np.full(expected.shape, np.nan, expected.dtype)  # not to be added to
+    out = to_backend(backend.name, {"out": filled})["out"]
+    assert getattr(dcn_kernels, op.name)(**arrays, **sample.params, out=out, backend=backend.name) is out
+    assert to_numpy(out).tobytes() == expected.tobytes()
 
 
 @pytest.mark.parametrize(("op", "sample"), FIRST)
 def test_out_that_does_not_fit_is_an_error(op: Op, sample: Sample, backend: Backend) -> None:
     shape = output_shape(op, sample)[1]
-    read_only = np.zeros(shape)
-    read_only.flags.writeable = False
-    bad = (
-        (np.zeros((*shape[:-1], shape[-1] + 1)), ValueError, "expected shape"),
-        (np.zeros(shape[1:]), ValueError, "expected shape"),
-        (np.zeros(shape, np.float32), TypeError, "expected dtype float64, got float32"),
-        (np.zeros(shape[::-1]).T, ValueError, "expected a C-contiguous array"),
-        (np.zeros((*shape[:-1], 2 * shape[-1]))[..., ::2], ValueError, "expected a C-contiguous array"),
-        (read_only, ValueError, "expected a writable array"),
+
+    def zeros(shape: tuple[int, ...], dtype: Any = np.float64) -> Any:
+        return to_backend(backend.name, {"out": np.zeros(shape, dtype)})["out"]
+
+    bad = [
+        (zeros((*shape[:-1], shape[-1] + 1)), ValueError, "expected shape"),
+        (zeros(shape[1:]), ValueError, "expected shape"),
+        (zeros(shape, np.float32), TypeError, "expected dtype float64, got float32"),
+        (zeros(shape[::-1]).T, ValueError, "expected a C-contiguous array"),
+        (zeros((*shape[:-1], 2 * shape[-1]))[..., ::2], ValueError, "expected a C-contiguous array"),
         ([0.0], TypeError, "expected an array that supports DLPack, got list"),
-    )
+    ]
+    if backend.name != "cuda":  # on a GPU every array is writable
+        read_only = np.zeros(shape)
+        read_only.flags.writeable = False
+        bad.append((read_only, ValueError, "expected a writable array"))
     for out, error, message in bad:
         with pytest.raises(error, match=f"{op.name}: out: {message}"):
             backend.forward(op, sample.arrays, sample.params, out=out)
-        assert not np.any(out)  # nothing was written
+        assert not np.any(out if isinstance(out, list) else to_numpy(out))  # nothing was written
 
 
 @pytest.mark.parametrize(("op", "sample"), FIRST)
@@ -289,14 +302,14 @@ def test_out_that_overlaps_an_input_is_an_error(op: Op, sample: Sample, backend:
     for name, array in sample.arrays.items():
         # the argument's last element is the result's first, and the other way round
         for start in (array.size - 1, -(size - 1)):
-            room = np.zeros(array.size + 2 * size)
+            before = np.zeros(array.size + 2 * size)
+            before[size : size + array.size] = array.reshape(-1)
+            room = to_backend(backend.name, {"room": before.copy()})["room"]
             inside = room[size : size + array.size].reshape(array.shape)
-            inside[...] = array
             out = room[size + start : size + start + size].reshape(shape)
-            before = room.copy()
             with pytest.raises(ValueError, match=f"{op.name}: out: expected memory of its own, .* overlaps {name}"):
                 backend.forward(op, {**sample.arrays, name: inside}, sample.params, out=out)
-            assert (room == before).all()
+            assert (to_numpy(room) == before).all()
 
 
 # ---------------------------------------------------------------- empty
