@@ -130,18 +130,17 @@ _RAW = ctypes.c_char * _BUFFER.size
 _SIZES = [(struct.Struct(f"@{rank}q"), ctypes.c_char * (8 * rank)) for rank in range(5)]  # by rank, of our arrays
 
 
-def _buffers(buffers: _Buffers) -> list[tuple[int, tuple[int, ...], np.dtype]]:
-    """(address, shape, dtype) of each of XLA's buffers."""
+def _arrays(buffers: _Buffers, array: Callable[..., Any]) -> list[Any]:
+    """XLA's buffers as arrays, without a copy."""
     found = []
     for each in (POINTER * buffers.size).from_address(buffers.buffers):
         _, _, dtype, address, rank, dims = _BUFFER.unpack_from(_RAW.from_address(each))
         sizes, raw = _SIZES[rank]
-        found.append((address, sizes.unpack_from(raw.from_address(dims)), DTYPES[dtype]))
+        found.append(array(address, sizes.unpack_from(raw.from_address(dims)), DTYPES[dtype]))
     return found
 
 
 def _numpy_array(address: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """XLA's memory as an array, without a copy."""
     size = prod(shape) * dtype.itemsize
     if size == 0:
         return np.empty(shape, dtype)
@@ -168,7 +167,7 @@ def _xla_stream(frame: _Frame) -> Iterator[None]:
     stream_get = ctypes.CFUNCTYPE(POINTER, POINTER)(frame.api.contents.stream_get)
     if stream_get(ctypes.addressof(arguments)):
         raise RuntimeError("XLA gave no CUDA stream")
-    addresses = [address for address, _, _ in _buffers(frame.arguments) if address]
+    addresses = [address for address in _arrays(frame.arguments, lambda address, shape, dtype: address) if address]
     device = cupy.cuda.runtime.pointerGetAttributes(addresses[0]).device if addresses else 0
     with cupy.cuda.Device(device), cupy.cuda.ExternalStream(arguments.stream or 0, device):
         yield
@@ -176,12 +175,12 @@ def _xla_stream(frame: _Frame) -> Iterator[None]:
 
 def _run(frame: _Frame, backend: str) -> None:
     """One call: what to do is in the only attribute, as JSON. Shapes and dtypes were checked when it was traced."""
-    array = _ARRAYS[backend]
+    array = _numpy_array if backend == "cpu" else _cupy_array
     span = frame.attributes.values[0].contents
     op, names, params, wrt = _parsed(ctypes.string_at(span.data, span.size))
     arrays: dict[str, Any] = dict.fromkeys(op.arrays)
-    arrays.update(zip(names, (array(*buffer) for buffer in _buffers(frame.arguments)), strict=True))
-    results = [array(*buffer) for buffer in _buffers(frame.results)]
+    arrays.update(zip(names, _arrays(frame.arguments, array), strict=True))
+    results = _arrays(frame.results, array)
     if "rois" in arrays and (backend != "cuda" or params["validate"]):  # on a GPU reading them would wait
         shapes.check_rois(op.name, arrays["rois"], arrays["input"].shape[0])
     if wrt is None:
@@ -190,9 +189,6 @@ def _run(frame: _Frame, backend: str) -> None:
     grads = backend_function(op, "backward", backend)(**arrays, **params, wrt=wrt)
     for name, result in zip(wrt, results, strict=True):
         result[...] = grads[name]
-
-
-_ARRAYS: dict[str, Callable[..., Any]] = {"cpu": _numpy_array, "cuda": _cupy_array}
 
 
 @lru_cache(maxsize=1024)

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dcn_kernels.torch_ops import FUNCTIONS
+from dcn_kernels.torch_ops import FUNCTIONS, rois_of
 
 deform_conv2d = FUNCTIONS["deform_conv2d"]
 offset_sample2d = FUNCTIONS["offset_sample2d"]
@@ -252,14 +252,6 @@ class ConvOffset2D(nn.Conv2d):
 # ---------------------------------------------------------------- regions
 
 
-def _rois(rois: Tensor | list[Tensor] | tuple[Tensor, ...]) -> Tensor:
-    """(R, 5) with the batch index first; also from one (R_n, 4) tensor per image."""
-    if isinstance(rois, Tensor):
-        return rois
-    rows = [torch.cat((boxes.new_full((len(boxes), 1), n), boxes), dim=1) for n, boxes in enumerate(rois)]
-    return torch.cat(rows)
-
-
 class _RoILayer(nn.Module):
     """The options of a RoI operator, kept."""
 
@@ -295,7 +287,7 @@ class RoIPool(_RoILayer):
 
     def forward(self, input: Tensor, rois: Tensor | list[Tensor]) -> Tensor:
         """input (N, C, H, W) -> (R, C, PH, PW)."""
-        return roi_pool(input, _rois(rois), **self._options())
+        return roi_pool(input, rois, **self._options())
 
 
 class PSRoIPool(_RoILayer):
@@ -323,7 +315,7 @@ class PSRoIPool(_RoILayer):
 
     def forward(self, input: Tensor, rois: Tensor | list[Tensor]) -> Tensor:
         """input (N, C, H, W) -> (R, C/(G*G), PH, PW)."""
-        return ps_roi_pool(input, _rois(rois), **self._options())
+        return ps_roi_pool(input, rois, **self._options())
 
 
 class RoIAlign(_RoILayer):
@@ -339,7 +331,7 @@ class RoIAlign(_RoILayer):
 
     def forward(self, input: Tensor, rois: Tensor | list[Tensor]) -> Tensor:
         """input (N, C, H, W) -> (R, C, PH, PW)."""
-        return roi_align(input, _rois(rois), **self._options())
+        return roi_align(input, rois, **self._options())
 
 
 class PSRoIAlign(_RoILayer):
@@ -353,7 +345,7 @@ class PSRoIAlign(_RoILayer):
 
     def forward(self, input: Tensor, rois: Tensor | list[Tensor]) -> Tensor:
         """input (N, C, H, W) -> (R, C/(PH*PW), PH, PW)."""
-        return ps_roi_align(input, _rois(rois), **self._options())
+        return ps_roi_align(input, rois, **self._options())
 
 
 class DeformRoIPool(_RoILayer):
@@ -391,7 +383,7 @@ class DeformRoIPool(_RoILayer):
         self, input: Tensor, rois: Tensor | list[Tensor], offset: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
         """input (N, C, H, W), offset (R, 2, PH, PW), mask (R, PH, PW) -> (R, C, PH, PW)."""
-        return deform_roi_pool(input, _rois(rois), offset, mask, **self._options())
+        return deform_roi_pool(input, rois, offset, mask, **self._options())
 
 
 class DeformRoIPoolPack(DeformRoIPool):
@@ -424,7 +416,7 @@ class DeformRoIPoolPack(DeformRoIPool):
 
     def forward(self, input: Tensor, rois: Tensor | list[Tensor]) -> Tensor:  # type: ignore[override]
         """input (N, C, H, W) -> (R, C, PH, PW)."""
-        rois = _rois(rois)
+        rois = rois_of(rois)
         pooled = super().forward(input, rois).flatten(1)
         fc = self.fc_offset
         offset = nn.functional.linear(pooled, _slower(fc.weight, self.beta), _slower(fc.bias, self.beta))
@@ -465,7 +457,7 @@ class DeformPSRoIPool(_RoILayer):
 
     def forward(self, input: Tensor, rois: Tensor | list[Tensor], trans: Tensor | None = None) -> Tensor:
         """input (N, C, H, W), trans (R, 2*classes, part, part) -> (R, C/(G*G), PH, PW)."""
-        return deform_ps_roi_pool(input, _rois(rois), trans, **self._options())
+        return deform_ps_roi_pool(input, rois, trans, **self._options())
 
 
 class DeformPSRoIPoolPack(DeformPSRoIPool):
@@ -512,7 +504,7 @@ class DeformPSRoIPoolPack(DeformPSRoIPool):
 
     def forward(self, scores: Tensor, features: Tensor, rois: Tensor | list[Tensor]) -> Tensor:  # type: ignore[override]
         """scores (N, C, H, W), features (N, channels, H, W) -> (R, C/(G*G), PH, PW)."""
-        rois = _rois(rois)
+        rois = rois_of(rois)
         conv = self.conv_offset
         fields = nn.functional.conv2d(features, _slower(conv.weight, self.beta), _slower(conv.bias, self.beta))  # type: ignore[arg-type]
         return super().forward(scores, rois, ps_roi_pool(fields, rois, self.parts, self.spatial_scale))  # type: ignore[arg-type]

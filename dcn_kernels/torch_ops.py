@@ -282,36 +282,39 @@ def _refuse_tangents(op: Op, arrays: dict[str, Any]) -> None:
             raise RuntimeError(f"{op.name}: {name}: expected a tensor without a tangent, as there is no forward mode")
 
 
+def rois_of(rois: Any) -> Any:
+    """(R, 5) with the batch index first, also from one (R_n, 4) tensor per image."""
+    if not isinstance(rois, (list, tuple)):
+        return rois
+    rows = [torch.cat((boxes.new_full((len(boxes), 1), n), boxes), dim=1) for n, boxes in enumerate(rois)]
+    return torch.cat(rows)
+
+
+def _with_signature(arguments: Arguments, route: Callable[..., Any]) -> Callable[..., Any]:
+    """A function with the plain function's own parameters that calls `route` with two dicts, arrays and the rest.
+
+    Compiled from text: binding by inspect.Signature takes longer than the rest of a call, and torch.compile cannot
+    trace it.
+    """
+    bare = [p.replace(annotation=inspect.Parameter.empty) for p in arguments.signature.parameters.values()]
+    arrays, params = (", ".join(f"{n!r}: {n}" for n in names) for names in (arguments.arrays, arguments.params))
+    text = f"def function{inspect.Signature(bare)}: return route({{{arrays}}}, {{{params}}})"
+    namespace: dict[str, Any] = {"route": route}
+    exec(compile(text, __file__, "exec"), namespace)
+    return namespace["function"]
+
+
 def function_of(op: Op) -> Callable[..., torch.Tensor]:
     """The operator as a function on tensors, with the plain function's signature."""
     arguments = arguments_of(op)
     operator, apply = _register(arguments), _autograd_function(arguments)
-    parameters = list(arguments.signature.parameters.values())
-    missing = object()
-    template = {p.name: missing if p.default is p.empty else p.default for p in parameters}
-    positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-    required = [name for name in arguments.params if template[name] is missing]
     first = next(iter(op.arrays))
 
-    def function(*args: Any, **kwargs: Any) -> torch.Tensor:
-        # By hand, as torch.compile does not trace inspect.Signature.bind.
-        if len(args) > len(positional):
-            raise TypeError(f"{op.name}: expected at most {len(positional)} positional arguments, got {len(args)}")
-        values: dict[str, Any] = dict(template)
-        values.update(zip(positional, args, strict=False))
-        given = positional[: len(args)]
-        for name in kwargs:
-            if name not in template or name in given:
-                why = "it twice" if name in given else "an unknown argument"
-                raise TypeError(f"{op.name}: {name}: expected one of {', '.join(template)}, each once, got {why}")
-        values.update(kwargs)
-        arrays = {name: values[name] for name in arguments.arrays}
-        params = {name: values[name] for name in arguments.params}
-        if torch.are_deterministic_algorithms_enabled() and "deterministic" in params:
+    def route(arrays: dict[str, Any], params: Params) -> torch.Tensor:
+        if "rois" in arrays:
+            arrays["rois"] = rois_of(arrays["rois"])
+        if "deterministic" in params and torch.are_deterministic_algorithms_enabled():
             params["deterministic"] = True
-        for name in required:
-            if params[name] is missing:
-                raise TypeError(f"{op.name}: {name}: expected a value, got none")
         compiling = torch.compiler.is_compiling()
         if not compiling and forward_ad._current_level >= 0:
             _refuse_tangents(op, arrays)
@@ -320,8 +323,7 @@ def function_of(op: Op) -> Callable[..., torch.Tensor]:
             return apply(arrays, params)
         for name, array in arrays.items():
             if not isinstance(array, torch.Tensor) and not (array is None and name in op.optional):
-                got = "none" if array is missing else type(array).__name__
-                raise TypeError(f"{op.name}: {name}: expected a torch.Tensor, got {got}")
+                raise TypeError(f"{op.name}: {name}: expected a torch.Tensor, got {type(array).__name__}")
             if array is not None and array.device != arrays[first].device:
                 raise TypeError(
                     f"{op.name}: {name}: expected a tensor on {arrays[first].device} as {first} is, "
@@ -335,6 +337,7 @@ def function_of(op: Op) -> Callable[..., torch.Tensor]:
             params[name] = [value, value] if isinstance(value, int) else list(value)
         return operator(*arrays.values(), *params.values())
 
+    function = _with_signature(arguments, route)
     function.__name__ = function.__qualname__ = op.name
     function.__module__ = "dcn_kernels.torch"
     function.__signature__ = arguments.signature  # type: ignore[attr-defined]
@@ -343,6 +346,7 @@ def function_of(op: Op) -> Callable[..., torch.Tensor]:
         f"    Gradients: {', '.join(op.differentiable)}, each computed only where it is needed. Under autocast "
         "input and\n    weights are half precision, and coordinates stay as they are. `torch.vmap` makes one call "
         "per element.\n    `torch.use_deterministic_algorithms(True)` means deterministic=True.\n    "
+        + ("`rois` may also be a list of (R_n, 4), one for each image.\n    " if "rois" in op.arrays else "")
     )
     return function
 
