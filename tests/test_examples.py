@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -20,8 +21,9 @@ NEEDS = {
     "jax_training.py": ["jax"],
     "cupy_arrays.py": ["cupy"],
     "digits.py": ["torch", "sklearn", "matplotlib"],
+    "overhead.py": ["torch", "jax"],
 }
-OPTIONS = {"digits.py": ["--quick", "--picture", "digits.png"]}
+OPTIONS = {"digits.py": ["--quick", "--picture", "digits.png"], "overhead.py": ["--rounds", "2", "--output", "o.json"]}
 
 
 @pytest.mark.parametrize("name", NEEDS)
@@ -40,3 +42,6 @@ def test_example_runs(name: str, tmp_path: Path) -> None:
         for kind in ("plain", "deformable"):
             share = float(re.search(rf"^{kind} +([\d.]+) %", done.stdout, re.MULTILINE)[1])  # type: ignore[index]
             assert share > 20, "no better than guessing"
+    if name == "overhead.py":
+        record = json.loads((tmp_path / "o.json").read_text())
+        assert all(len(samples) == 2 and min(samples) > 0 for samples in record["samples_us"].values())

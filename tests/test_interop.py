@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from conftest import cast, first_cases
+from scipy import ndimage
 
 import dcn_kernels
 from dcn_kernels.arrays import taken_in
@@ -314,3 +315,48 @@ def test_convert_offsets_takes_any_kind(name: str) -> None:
     got = dcn_kernels.convert_offsets(to(name, offset), **options)
     assert type(got) is type(to(name, offset))
     np.testing.assert_array_equal(back(got), dcn_kernels.convert_offsets(offset, **options))
+
+
+# ---------------------------------------------------------------- README: coming from another library
+
+
+def resampled(image: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """scipy's bilinear samples, positions clamped to the image."""
+    y, x = y.clip(0, image.shape[0] - 1), x.clip(0, image.shape[1] - 1)
+    return ndimage.map_coordinates(image, [y, x], order=1, mode="nearest")
+
+
+def test_offsets_of_pytorch_deform_conv() -> None:
+    """dy and dx of a pixel are neighbours in the memory of a channel's two offset channels together."""
+    N, C, H, W = 2, 3, 4, 5
+    rng = np.random.default_rng(0)
+    image, offset = rng.random((N, C, H, W)), rng.normal(0, 2, (N, 2 * C, H, W))
+    pairs = offset.reshape(N, C, H, W, 2)
+    rows, columns = np.mgrid[:H, :W]
+    want = [
+        [resampled(image[n, c], rows + pairs[n, c, ..., 0], columns + pairs[n, c, ..., 1]) for c in range(C)]
+        for n in range(N)
+    ]
+    ours = offset.reshape(N, C, H * W, 2).swapaxes(2, 3).reshape(N, 2 * C, H, W)
+    np.testing.assert_allclose(dcn_kernels.offset_sample2d(image, ours), want, atol=1e-12)
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (3, 2), (5, 1)])
+def test_offsets_of_pytorch_deform_conv_v2(kernel: int, stride: int) -> None:
+    """It clamps positions to the padded image, and its taps are centred on pixel 1 of that for every kernel."""
+    C, O, H, W, pad = 2, 3, 5, 7, (kernel - 1) // 2
+    OH, OW = (H - 1) // stride + 1, (W - 1) // stride + 1
+    rng = np.random.default_rng(0)
+    image, weight = rng.random((1, C, H, W)), rng.random((O, C, kernel, kernel))
+    offset, mask = rng.normal(0, 3, (1, 2 * kernel**2, OH, OW)), rng.random((1, kernel**2, OH, OW))
+    rows, columns = 1 + stride * np.mgrid[:OH, :OW]
+    want = np.zeros((1, O, OH, OW))
+    for c in range(C):
+        padded = np.pad(image[0, c], pad)
+        for k in range(kernel**2):
+            y = rows + k // kernel - pad + offset[0, k]
+            x = columns + k % kernel - pad + offset[0, kernel**2 + k]
+            want += weight[:, c, k // kernel, k % kernel, None, None] * mask[0, k] * resampled(padded, y, x)
+    ours = dcn_kernels.convert_offsets(offset, source="split_yx") - (kernel - 3) / 2
+    got = dcn_kernels.deform_conv2d(image, ours, weight, None, stride, pad, 1, mask)
+    np.testing.assert_allclose(got, want, atol=1e-12)
