@@ -68,9 +68,10 @@ def _ask(threads: int, request: dict[str, Any], tried: list[dict[str, str]] | No
 
 def _kernels(environment: dict[str, str]) -> list[dict[str, str]]:
     """The environments to try: OpenBLAS does not always choose the kernels that are fastest."""
-    from dcn_kernels.environment import device
+    from dcn_kernels.environment import blas, device
 
-    if device()["vectors"] == "avx512f" and "OPENBLAS_CORETYPE" not in environment:
+    chosen = blas().get("kernel")
+    if device()["vectors"] == "avx512f" and "OPENBLAS_CORETYPE" not in environment and chosen != "SkylakeX":
         return [{}, {"OPENBLAS_CORETYPE": "SkylakeX"}]
     return [{}]
 
