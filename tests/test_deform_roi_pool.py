@@ -95,7 +95,7 @@ def test_classes_and_parts_by_hand(backend: Backend) -> None:
 def test_float32_coordinates_are_those_of_the_reference_to_the_bit(backend: Backend, op: Op) -> None:
     # A map of one row, four points a bin, more than two pixels apart: each pixel's gradient is a quarter of one
     # point's weight, so one bit of a coordinate shows. A fused multiply-add changes a fifth of them.
-    R, W, P = 100, 260, 3
+    R, W, P = 100, 300, 6
     rng = np.random.default_rng(0)
     left, width = rng.uniform(20, 40, R), rng.uniform(9 * P, 180, R)
     boxes = np.stack([np.arange(R), 16 * left, 0 * left, 16 * (left + width), 0 * left], axis=1).astype(np.float32)

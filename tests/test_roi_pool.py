@@ -349,3 +349,29 @@ def test_coordinates_are_rounded_to_float32() -> None:
         three = roi_align(image, box, 1, 0.1, sampling_ratio=3, backend=name)
         assert np.array_equal(roi_align(image, box, 1, 0.1, backend=name), three)
         assert not np.allclose(roi_align(image, box, 1, 0.1, sampling_ratio=4, backend=name), three, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("op", "options"),
+    [case for case in CASES if case.values[0].name in ("roi_pool", "ps_roi_pool")],
+)
+def test_float32_bins_are_those_of_the_reference(backend: Backend, op: Op, options: dict[str, Any]) -> None:
+    # Each pixel is a power of two of its own, so a bin that begins or ends a pixel off shows. Where a RoI begins left
+    # of the map, the edges of bins lose leading digits: a fused multiply-add moves some of them by a pixel.
+    rng = np.random.default_rng(7)
+    length, R, P = 20, 400, 7
+    for axis in (0, 1):
+        image = np.tile(2.0 ** np.arange(length, dtype=np.float32)[:, None], (1, 1, 1, 2))
+        ends = np.sort(np.round(rng.uniform(-10 * length, 10 * length, (R, 2))), axis=1)
+        boxes = np.zeros((R, 5), np.float32)
+        boxes[:, 4] = 9
+        boxes[:, [2, 4]] = ends
+        if axis:
+            image, boxes = image.swapaxes(2, 3).copy(), boxes[:, [0, 2, 1, 4, 3]]
+        size = (1, P) if axis else (P, 1)
+        params = {"output_size": size, "spatial_scale": 0.1, **options}
+        if op.name == "ps_roi_pool":
+            image, params["group_size"] = (image, 1) if options["convention"] == "rfcn" else (image.repeat(P, 1), None)
+        arrays = {"input": image, "rois": boxes}
+        got, want = (each.forward(op, arrays, params) for each in (backend, Backend("reference")))
+        np.testing.assert_allclose(got, want, rtol=1e-6)
