@@ -33,6 +33,8 @@ class Taken:
 
     def give(self, result: Any, out: Any = None) -> Any:
         """The result (array, tuple or dict) in the caller's own kind of array; `out` itself where it was given."""
+        if out is not None and self.framework == "torch" and not out.is_inference():
+            sys.modules["torch"].autograd.graph.increment_version(out)  # for autograd to see that it was written to
         if isinstance(result, dict):
             return {name: self._give(array) for name, array in result.items()}
         if isinstance(result, tuple):

@@ -8,6 +8,7 @@ timed once, twenty calls in a row, so that what disturbs the machine disturbs al
 
 import argparse
 import json
+import os
 from datetime import UTC, datetime
 from time import perf_counter
 
@@ -84,6 +85,7 @@ def main() -> None:
             "kind": "examples/overhead.py",
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "device": environment.device(),
+            "load": os.getloadavg()[0],
             "versions": {**environment.versions(), "torch": torch.__version__, "jax": jax.__version__},
             "commit": commit,
             "dirty": dirty,

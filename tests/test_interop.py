@@ -167,6 +167,19 @@ def test_torch_out_is_written_where_it_is(dtype: str) -> None:
     np.testing.assert_array_equal(back(out), back(forward(op, arrays, sample.params)))
 
 
+def test_torch_autograd_sees_that_out_was_written_to() -> None:
+    torch = framework("torch")
+    factor, image, offset = torch.ones(1, requires_grad=True), torch.ones(1, 1, 2, 2), torch.zeros(1, 2, 2, 2)
+    out = torch.full((1, 1, 2, 2), 3.0)
+    product = (factor * out).sum()
+    dcn_kernels.offset_sample2d(image, offset, out=out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+    with torch.inference_mode():
+        out = torch.zeros(1, 1, 2, 2)
+        assert dcn_kernels.offset_sample2d(image, offset, out=out) is out
+
+
 def test_torch_results_are_not_copied() -> None:
     framework("torch")
     result = np.ones((2, 3))
