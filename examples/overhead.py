@@ -3,7 +3,7 @@
     python examples/overhead.py [--rounds 200] [--output overhead.json]
 
 One deformable convolution, input (1, 16, 8, 8), 16 filters of 3x3, float32. In each round each way of calling it is
-timed once, twenty calls in a row, so that what disturbs the machine disturbs all. Needs torch and JAX.
+timed, the median of some calls in a row, so that what disturbs the machine disturbs all. Needs torch and JAX.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import dcn_kernels.jax
 import dcn_kernels.torch
 from dcn_kernels import environment
 
-CALLS = 20
+CALLS = 11
 PLAIN = "plain function, NumPy"
 
 
@@ -54,12 +54,13 @@ def measure(rounds: int) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(-3, rounds):  # the first rounds warm up
         for name, call in calls.items():
-            call()
-            start = perf_counter()
+            times = []
             for _ in range(CALLS):
+                start = perf_counter()
                 call()
+                times.append(1e6 * (perf_counter() - start))
             if number >= 0:
-                found[name].append((perf_counter() - start) / CALLS * 1e6)
+                found[name].append(float(np.median(times)))
     return found
 
 
