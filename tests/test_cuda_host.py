@@ -73,8 +73,8 @@ def backend(request: pytest.FixtureRequest, device: HostDevice, monkeypatch: pyt
     yield Backend(NAME)
 
 
-def install(device: HostDevice, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Put the launchers, on this device, where the dispatcher looks for a backend's functions."""
+def install(device: HostDevice, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+    """Put the launchers, on this device and with more options, where the dispatcher looks for a backend's functions."""
     monkeypatch.setattr(_arrays, "BACKENDS", (*_arrays.BACKENDS, NAME))
     for op in dcn_kernels.OPS.values():
         if on_kernels(op):
@@ -82,7 +82,7 @@ def install(device: HostDevice, monkeypatch: pytest.MonkeyPatch) -> None:
             module = sys.modules.get(path, ModuleType(path))
             launcher = import_module(f"dcn_kernels.cuda.{op.module}")
             for name in (op.name, f"{op.name}_backward"):
-                setattr(module, name, functools.partial(getattr(launcher, name), device=device))
+                setattr(module, name, functools.partial(getattr(launcher, name), device=device, **options))
             monkeypatch.setitem(sys.modules, f"dcn_kernels.{NAME}", ModuleType(f"dcn_kernels.{NAME}"))
             monkeypatch.setitem(sys.modules, path, module)
 
@@ -102,10 +102,10 @@ def _slow(test: Any) -> Any:
     return of_this_module
 
 
-def _tests_of_backends() -> dict[str, Any]:
-    """The tests of these modules that take a backend; collected here, they get this module's."""
+def tests_of_backends(*stems: str) -> dict[str, Any]:
+    """The tests of modules that take a backend; collected elsewhere, they get the backend of there."""
     found = {}
-    for stem in ("ops", "deform_conv", "offset_sample", "roi_pool", "deform_roi_pool", "sampling"):
+    for stem in stems:
         for name, test in vars(import_module(f"test_{stem}")).items():
             if name.startswith("test_") and "backend" in inspect.signature(test).parameters:
                 name = f"test_{stem}_{name.removeprefix('test_')}"
@@ -113,7 +113,7 @@ def _tests_of_backends() -> dict[str, Any]:
     return found
 
 
-globals().update(_tests_of_backends())
+globals().update(tests_of_backends("ops", "deform_conv", "offset_sample", "sampling"))
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
