@@ -54,6 +54,8 @@ def integer(op: str, name: str, value: Any, minimum: int) -> int:
 
 def pair(op: str, name: str, value: Any, minimum: int) -> tuple[int, int]:
     """An int or (h, w) as a pair of ints of at least `minimum`."""
+    if type(value) is int and minimum <= value <= LARGEST_STEP:  # the usual case, quickly
+        return value, value
     if isinstance(value, (tuple, list)):
         if len(value) != 2:
             raise ValueError(f"{op}: {name}: expected an int or a pair (h, w), got {value!r}")
@@ -132,10 +134,16 @@ def wanted(op: Op, arrays: dict[str, Any], wrt: Iterable[str] | str | None) -> t
 
 def check_dtypes(op: Op, arrays: dict[str, Any]) -> None:
     """All arrays share the first argument's dtype; coordinates may be float32 beside half precision."""
+    _check_dtypes(op, tuple([(name, array.dtype) for name, array in arrays.items()]))
+
+
+@lru_cache(maxsize=1024)
+def _check_dtypes(op: Op, dtypes: tuple[tuple[str, Any], ...]) -> None:
+    dtype_of = dict(dtypes)
     first = next(iter(op.arrays))
-    dtype = arrays[first].dtype
-    for name in (first, *arrays):
-        got = arrays[name].dtype
+    dtype = dtype_of[first]
+    for name in (first, *dtype_of):
+        got = dtype_of[name]
         if name in op.saved:
             if got != np.int64:
                 raise TypeError(f"{op.name}: {name}: expected dtype int64, got {got}")

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dcn_kernels.cpu.convert import address_of, fetch_run, store_run
+from dcn_kernels.cpu.convert import address_of, fetch_run, load_run, store_run
 from dcn_kernels.cpu.gemm import LDA
 from dcn_kernels.cpu.jit import inner, spliced, stay_apart, to_fixed_tuple
 from dcn_kernels.cpu.lanes import blend8, blend16, dots8, dots16, spread8, spread16
@@ -58,6 +58,21 @@ class Wanted(NamedTuple):
     weight: int
     bias: int
     coordinates: int  # offset or mask
+
+
+@inner
+def load_filter(s, weight, o, channel, count, line, at):  # type: ignore[no-untyped-def]
+    """line[at + c*K + k] = weight[o, channel + c, k] for `count` channels."""
+    stay_apart()
+    taps = s.KH * s.KW
+    address = weight.address + o * weight.s0 + channel * weight.s1
+    if weight.s3 * s.KW == weight.s2 and weight.s3 * taps == weight.s1:
+        load_run(line, at, address, weight.s3, count * taps, weight.kind)
+        return
+    for c in range(count):
+        for k in range(taps):
+            one = address + c * weight.s1 + (k // s.KW) * weight.s2 + (k % s.KW) * weight.s3
+            load_run(line, at + c * taps + k, one, 0, 1, weight.kind)
 
 
 @inner

@@ -11,24 +11,28 @@ Results do not depend on the number of threads.
 
 from __future__ import annotations
 
-from typing import Any
+from functools import lru_cache
+from math import prod
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dcn_kernels.cpu import workspace
-from dcn_kernels.cpu.columns import SHAPE_FIELDS, Shape, Wanted, positions, sample_columns, shape_from
+from dcn_kernels.cpu.columns import SHAPE_FIELDS, Shape, Wanted, load_filter, positions, sample_columns, shape_from
 from dcn_kernels.cpu.convert import address_of, clear, load_run, store_run
 from dcn_kernels.cpu.deform_conv_backward import backward_worker
 from dcn_kernels.cpu.gemm import CACHE_BYTES, DEPTH, LDA, MR, panel, rows_by_panels, vector
 from dcn_kernels.cpu.jit import inner, kernel, stay_apart
 from dcn_kernels.cpu.sampling import corner_table, limits
 from dcn_kernels.cpu.slabs import Slabs, array_from, cut, described, numbers, round_up, stage, staged_pixels, turn
-from dcn_kernels.cpu.threads import barrier, claim, run, threads_for
+from dcn_kernels.cpu.threads import barrier, claim, get_num_threads, run, threads_for
 from dcn_kernels.shapes import accumulator
+
+FILTERS = 8  # packed together
 
 
 @inner
-def pack_weights(s, weight, group, j, slabs, of_group, packed):  # type: ignore[no-untyped-def]
+def pack_weights(s, weight, group, j, slabs, of_group, packed, lines):  # type: ignore[no-untyped-def]
     """Output channels j .. j + panel of one group as panels [pass][unit, lane][o] of the product's operand B."""
     stay_apart()
     taps, per_group = s.KH * s.KW, s.O // s.groups
@@ -39,26 +43,24 @@ def pack_weights(s, weight, group, j, slabs, of_group, packed):  # type: ignore[
     units = DEPTH // s.lanes  # of one pass
     total = (last_slab - first_slab) * taps
     base = of_group[group] * taps * s.lanes * padded
-    zero = packed.dtype.type(0)
-    o = group * per_group + j
-    first_channel = slabs[first_slab, 0]
+    size = s.lanes * taps  # of one filter's part of a slab
     for slab in range(first_slab, last_slab):
-        for c in range(s.lanes):
-            channel = slabs[slab, 0] + c - first_channel
+        count, channel = slabs[slab, 1], slabs[slab, 0] - slabs[first_slab, 0]
+        first = (slab - first_slab) * taps
+        for i0 in range(0, width, FILTERS):
+            filters = min(FILTERS, width - i0)
+            clear(address_of(lines, 0, 0), filters * size * lines.itemsize)  # what is not given is 0
+            for i in range(min(filters, given - i0)):
+                load_filter(s, weight, group * per_group + j + i0 + i, channel, count, lines, i * size)
+            start = first // units * units  # of its pass
             for k in range(taps):
-                unit = (slab - first_slab) * taps + k
-                start = unit // units * units  # of its pass
-                depth = min(units, total - start) * s.lanes
-                to = base + start * s.lanes * padded + j * depth + ((unit - start) * s.lanes + c) * width
-                if c < slabs[slab, 1]:
-                    address = weight.address + o * weight.s0 + channel * weight.s1
-                    address += (k // s.KW) * weight.s2 + (k % s.KW) * weight.s3
-                    load_run(packed, to, address, weight.s0, given, weight.kind)
-                    for i in range(given, width):
-                        packed[to + i] = zero
-                else:
-                    for i in range(width):
-                        packed[to + i] = zero
+                if first + k == start + units:
+                    start += units
+                to = base + start * s.lanes * padded + j * min(units, total - start) * s.lanes
+                to += (first + k - start) * s.lanes * width + i0
+                for c in range(s.lanes):
+                    for i in range(filters):
+                        packed[to + c * width + i] = lines[i * size + c * taps + k]
 
 
 @inner
@@ -95,7 +97,7 @@ def forward_worker(  # type: ignore[no-untyped-def]
     index,  # (threads, OG*K, 4, tile): corner pixels
     factor,  # (threads, OG*K, 4, tile): their weights
     lines,  # (threads, 3, tile): y, x, m
-    blocks,  # (threads, 16*64 + 64)
+    blocks,  # (threads, 16*64 + 64 or FILTERS*lanes*K)
 ):  # fmt: skip
     """One thread of the forward: a thread owns a tile of output pixels at a time."""
     s, arrays = shape_from(numbers), numbers[SHAPE_FIELDS:]
@@ -118,7 +120,7 @@ def forward_worker(  # type: ignore[no-untyped-def]
         item = claim(sync)
         while item < to_pack + to_stage:
             if item < to_pack:
-                pack_weights(s, weight, item // panels, item % panels * s.panel, slabs, of_group, packed)
+                pack_weights(s, weight, item // panels, item % panels * s.panel, slabs, of_group, packed, block)
             else:
                 b, slab = (item - to_pack) // slabs.shape[0], (item - to_pack) % slabs.shape[0]
                 stage(s, input, image + b, b, slab, slabs, staged, block)
@@ -132,6 +134,8 @@ def forward_worker(  # type: ignore[no-untyped-def]
                 for k in range(taps):
                     positions(s, offset, mask, image + b, g, k, start, count, y, x, m)
                     corner_table(y, x, m, count, s.H, s.W, limits, corners, weights, g * taps + k)
+            # rows up to a whole block are multiplied too: zeros, as denormals would be slow
+            clear(address_of(column, count, 0), (round_up(count, MR) - count) * LDA * itemsize)
             for group in range(s.groups):
                 clear(address_of(total, 0, 0), round_up(count, MR) * total.shape[1] * itemsize)
                 first_unit, last_unit = of_group[group] * taps, of_group[group + 1] * taps
@@ -174,13 +178,45 @@ def deform_conv2d(
         out = np.empty((input.shape[0], weight.shape[0], *offset.shape[2:]), input.dtype)
     if out.size == 0:
         return out
-    real = accumulator(input.dtype)
-    slabs = cut(input.shape[1], input.shape[1] // weight.shape[1], _offset_groups(offset, weight))
-    shape = _shape(input, offset, weight, stride, padding, dilation, slabs, real.itemsize)
+    work = _forward(
+        input.shape, offset.shape, weight.shape, input.dtype, stride, padding, dilation, get_num_threads()
+    )  # fmt: skip
+    buffers = workspace.allocate(work.buffers)
+    rule = limits(border, *input.shape[2:], accumulator(input.dtype))
+    call = numbers(
+        work.shape, described(input), described(offset), described(mask), described(weight), described(bias),
+        described(out),
+    )  # fmt: skip
+    run(forward_worker, work.threads, call, work.slabs.table, work.slabs.of_group, rule, *buffers.values())
+    return out
+
+
+class Work(NamedTuple):
+    """What follows from the shapes of a call alone."""
+
+    shape: Shape
+    slabs: Slabs
+    threads: int
+    buffers: workspace.Layout
+
+
+@lru_cache(maxsize=256)  # a layer is called again and again with the same shapes
+def _forward(
+    input: tuple[int, ...],
+    offset: tuple[int, ...],
+    weight: tuple[int, ...],
+    dtype: np.dtype,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    available: int,  # threads
+) -> Work:
+    real = accumulator(dtype)
+    slabs, shape = _cut(input, offset, weight, stride, padding, dilation, real.itemsize)
     per_group = shape.O // shape.groups
     padded = -(-per_group // shape.width) * shape.width
     pixels, taps = shape.OH * shape.OW, shape.KH * shape.KW
-    threads = threads_for(2.0 * weight.size * shape.N * pixels)
+    threads = threads_for(2.0 * prod(weight) * shape.N * pixels, available)
     bytes_per_pixel = (padded + LDA + 8 * shape.OG * taps) * real.itemsize
     fitting = max(1, TILE_BYTES // (bytes_per_pixel * MR)) * MR
     tiles = -(-pixels // fitting)
@@ -196,50 +232,36 @@ def deform_conv2d(
         "index": ((threads, shape.OG * taps, 4, shape.tile), np.int32),
         "factor": ((threads, shape.OG * taps, 4, shape.tile), real),
         "lines": ((threads, 3, shape.tile), real),
-        "blocks": ((threads, 16 * 64 + 64), real),
+        "blocks": ((threads, max(16 * 64 + 64, FILTERS * shape.lanes * taps)), real),
     }
-    buffers = workspace.allocate(plan)
-    rule = limits(border, shape.H, shape.W, real)
-    arrays = (
-        described(input),
-        described(offset),
-        described(mask),
-        described(weight),
-        described(bias),
-        described(out),
-    )
-    run(forward_worker, threads, numbers(shape, *arrays), slabs.table, slabs.of_group, rule, *buffers.values())
-    return out
+    return Work(shape, slabs, threads, workspace.layout(plan))
 
 
-def _offset_groups(offset: np.ndarray, weight: np.ndarray) -> int:
-    return offset.shape[1] // (2 * weight.shape[2] * weight.shape[3])
-
-
-def _shape(
-    input: np.ndarray,
-    offset: np.ndarray,
-    weight: np.ndarray,
+def _cut(
+    input: tuple[int, ...],
+    offset: tuple[int, ...],
+    weight: tuple[int, ...],
     stride: tuple[int, int],
     padding: tuple[int, int],
     dilation: tuple[int, int],
-    slabs: Slabs,
     itemsize: int,
-) -> Shape:
-    N, C, H, W = input.shape
+) -> tuple[Slabs, Shape]:
+    """The slabs of a call and its sizes, but for the tile."""
+    N, C, H, W = input
     if H * W >= 2**31 - 1:
         raise ValueError(f"deform_conv2d: input: expected H*W below 2**31 - 1 on the CPU backend, got {H}*{W}")
-    O, _, KH, KW = weight.shape
+    O, per_group, KH, KW = weight
+    groups, OG = C // per_group, offset[1] // (2 * KH * KW)
+    slabs = cut(C, groups, OG)
     image_bytes = len(slabs.table) * staged_pixels(H, W) * slabs.lanes * itemsize
-    OH, OW = offset.shape[2:]
-    return Shape(
-        N=N, C=C, H=H, W=W, O=O, KH=KH, KW=KW, OH=OH, OW=OW,
-        OG=_offset_groups(offset, weight), groups=C // weight.shape[1],
+    shape = Shape(
+        N=N, C=C, H=H, W=W, O=O, KH=KH, KW=KW, OH=offset[2], OW=offset[3], OG=OG, groups=groups,
         stride_h=stride[0], stride_w=stride[1], padding_h=padding[0], padding_w=padding[1],
         dilation_h=dilation[0], dilation_w=dilation[1],
         lanes=slabs.lanes, images=max(1, min(N, STAGE_BYTES // image_bytes)), tile=MR,
         width=vector(itemsize), panel=panel(itemsize), ranges=1,
     )  # fmt: skip
+    return slabs, shape
 
 
 BACKWARD_TILE = 144  # pixels: a multiple of every MR and of 16, so of 48
@@ -264,18 +286,46 @@ def deform_conv2d_backward(
 ) -> dict[str, np.ndarray]:
     """Eq. 7 and the transposes of Eq. 2 in its other arguments. Returns argument name -> gradient."""
     given = {"input": input, "offset": offset, "weight": weight, "bias": bias, "mask": mask}
-    shapes = {name: (given[name].shape, given[name].dtype) for name in wrt}  # type: ignore[union-attr]
+    grads = {name: np.empty_like(given[name], order="C", subok=False) for name in wrt}
     if grad_output.size == 0:
-        return {name: np.zeros(size, dtype) for name, (size, dtype) in shapes.items()}
-    grads = {name: np.empty(size, dtype) for name, (size, dtype) in shapes.items()}
-    real = accumulator(input.dtype)
-    slabs = cut(input.shape[1], input.shape[1] // weight.shape[1], _offset_groups(offset, weight))
-    shape = _shape(input, offset, weight, stride, padding, dilation, slabs, real.itemsize)
+        for grad in grads.values():
+            grad.fill(0)
+        return grads
     wanted = Wanted(
         int("input" in wrt), int("weight" in wrt), int("bias" in wrt), int("offset" in wrt or "mask" in wrt)
     )
+    work = _backward(
+        input.shape, offset.shape, weight.shape, input.dtype, stride, padding, dilation, get_num_threads(), wanted
+    )
+    buffers = workspace.allocate(work.buffers)
+    if "weight" in wrt and buffers["grad_weight"].size == 0:
+        buffers["grad_weight"] = grads["weight"].reshape(-1)
+    rule = limits(border, *input.shape[2:], accumulator(input.dtype))
+    outputs = [described(grads.get(name)) for name in ("input", "offset", "mask", "weight", "bias")]
+    call = numbers(
+        work.shape, wanted, described(grad_output), described(input), described(offset), described(mask),
+        described(weight), *outputs,
+    )  # fmt: skip
+    run(backward_worker, work.threads, call, work.slabs.table, work.slabs.of_offset, rule, *buffers.values())
+    return grads
+
+
+@lru_cache(maxsize=256)
+def _backward(
+    input: tuple[int, ...],
+    offset: tuple[int, ...],
+    weight: tuple[int, ...],
+    dtype: np.dtype,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    available: int,
+    wanted: Wanted,
+) -> Work:
+    real = accumulator(dtype)
+    slabs, shape = _cut(input, offset, weight, stride, padding, dilation, real.itemsize)
     pixels, taps = shape.OH * shape.OW, shape.KH * shape.KW
-    threads = threads_for(4.0 * weight.size * shape.N * pixels)
+    threads = threads_for(4.0 * prod(weight) * shape.N * pixels, available)
     tile = min(BACKWARD_TILE, -(-pixels // 48) * 48)
     plane = staged_pixels(shape.H, shape.W)
     ranges = int(min(RANGES, np.diff(slabs.of_offset).max()))
@@ -283,14 +333,14 @@ def deform_conv2d_backward(
     shape = shape._replace(tile=tile, ranges=ranges)
     bytes_per_pixel = (parts * LDA + shape.OG * taps * (8 + ranges * 4)) * real.itemsize
     tiles = shape.images * -(-pixels // tile)
-    wide = "weight" in wrt and weight.dtype != real
+    wide = wanted.weight and dtype != real
     chunk_bytes = CHUNK_BYTES // 2 if wide else CHUNK_BYTES  # the wide grad_weight takes its share
     slots = min(tiles, max(1, chunk_bytes // (bytes_per_pixel * tile))) * tile
     per_group = shape.O // shape.groups
     columns = -(-min(taps, DEPTH // shape.lanes) * shape.lanes // shape.width) * shape.width
     threads = min(threads, shape.OG * ranges)
     plan: workspace.Plan = {
-        "grad_weight": ((weight.size if wide else 0,), real),
+        "grad_weight": ((prod(weight) if wide else 0,), real),
         "staged": ((shape.images, len(slabs.table), plane, shape.lanes), real),
         "grad_staged": ((shape.images, len(slabs.table), plane * wanted.input, shape.lanes), real),
         "staged_grad": ((parts, slots, LDA), real),
@@ -304,12 +354,4 @@ def deform_conv2d_backward(
         "lines": ((threads, 6, tile), real),
         "blocks": ((threads, max(16 * 64, shape.lanes * taps)), real),
     }
-    buffers = workspace.allocate(plan)
-    if "weight" in wrt and not wide:
-        buffers["grad_weight"] = grads["weight"].reshape(-1)
-    rule = limits(border, shape.H, shape.W, real)
-    arrays = [described(each) for each in (grad_output, input, offset, mask, weight)]
-    outputs = [described(grads.get(name)) for name in ("input", "offset", "mask", "weight", "bias")]
-    call = numbers(shape, wanted, *arrays, *outputs)
-    run(backward_worker, threads, call, slabs.table, slabs.of_offset, rule, *buffers.values())
-    return grads
+    return Work(shape, slabs, threads, workspace.layout(plan))

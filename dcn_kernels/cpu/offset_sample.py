@@ -17,7 +17,7 @@ from dcn_kernels.cpu.columns import SHAPE_FIELDS, Shape, positions, shape_from, 
 from dcn_kernels.cpu.convert import store_run
 from dcn_kernels.cpu.jit import inner, kernel, stay_apart
 from dcn_kernels.cpu.sampling import corner_table, limits
-from dcn_kernels.cpu.slabs import Array, array_from, described, load_pixels, numbers
+from dcn_kernels.cpu.slabs import array_from, described, load_pixels, numbers
 from dcn_kernels.cpu.threads import barrier, claim, run, threads_for
 from dcn_kernels.shapes import accumulator
 
@@ -217,7 +217,7 @@ def offset_sample2d_backward(
     buffers = workspace.allocate(plan)
     rule = limits(border, shape.H, shape.W, real)
     arrays = [described(each) for each in (grad_output, input, offset, None)]
-    outputs: list[Array] = [described(grads.get(name)) for name in ("input", "offset")]
+    outputs = [described(grads.get(name)) for name in ("input", "offset")]
     shape = shape._replace(ranges=ranges)
     run(backward_worker, threads, numbers(shape, *arrays, *outputs), rule, *buffers.values())
     return grads

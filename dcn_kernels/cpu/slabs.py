@@ -36,12 +36,11 @@ def array_from(numbers, i):  # type: ignore[no-untyped-def]
     return Array(numbers[at], numbers[at + 1], numbers[at + 2], numbers[at + 3], numbers[at + 4], numbers[at + 5])
 
 
-def described(array: np.ndarray | None) -> Array:
-    """An array of up to four dimensions as an `Array`."""
+def described(array: np.ndarray | None) -> tuple[int, ...]:
+    """An array of up to four dimensions as the fields of an `Array`."""
     if array is None:
-        return Array(0, 0, 0, 0, 0, 0)
-    s0, s1, s2, s3 = (*array.strides, 0, 0, 0)[:4]
-    return Array(array.__array_interface__["data"][0], kind(array), s0, s1, s2, s3)
+        return 0, 0, 0, 0, 0, 0
+    return (array.__array_interface__["data"][0], kind(array), *array.strides, 0, 0, 0, 0)[:6]
 
 
 def staged_pixels(height: int, width: int) -> int:
@@ -60,7 +59,7 @@ class Slabs(NamedTuple):
 
 def numbers(*groups: tuple[int, ...]) -> np.ndarray:
     """The numbers of named tuples behind each other, for a kernel to take apart again."""
-    return np.array([number for group in groups for number in group], np.int64)
+    return np.array(sum(groups, ()), np.int64)
 
 
 @lru_cache(maxsize=256)

@@ -150,9 +150,9 @@ def get_num_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def threads_for(flops: float) -> int:
+def threads_for(flops: float, available: int | None = None) -> int:
     """How many threads a call of so much arithmetic is worth: waking one takes as long as a few million operations."""
-    return int(min(get_num_threads(), 1 + flops // FLOPS_A_THREAD))
+    return int(min(available or get_num_threads(), 1 + flops // FLOPS_A_THREAD))
 
 
 def set_num_threads(threads: int | None) -> None:

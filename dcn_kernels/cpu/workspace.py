@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,30 +26,31 @@ class Tracked:
 _tracked: ContextVar[Tracked | None] = ContextVar("dcn_kernels_workspace", default=None)
 
 
-def size(plan: Plan) -> int:
-    """The bytes that a plan takes."""
-    return sum(_lengths(plan)) + _ALIGN
+class Layout(NamedTuple):
+    """Where the buffers of a plan lie in one piece of memory."""
+
+    size: int  # bytes in all
+    buffers: tuple[tuple[str, tuple[int, ...], Any, int], ...]  # name, shape, dtype, first byte
 
 
-def allocate(plan: Plan) -> dict[str, np.ndarray]:
-    """The buffers of a plan, uninitialised, each on a cache line of its own, all in one piece of memory."""
-    lengths = _lengths(plan)
-    total = sum(lengths) + _ALIGN
+def layout(plan: Plan) -> Layout:
+    """Each buffer on a cache line of its own."""
+    buffers, start = [], 0
+    for name, (shape, dtype) in plan.items():
+        buffers.append((name, shape, dtype, start))
+        start += -(-prod(shape) * np.dtype(dtype).itemsize // _ALIGN) * _ALIGN
+    return Layout(start + _ALIGN, tuple(buffers))
+
+
+def allocate(plan: Plan | Layout) -> dict[str, np.ndarray]:
+    """The buffers of a plan, uninitialised."""
+    size, buffers = plan if isinstance(plan, Layout) else layout(plan)
     tracked = _tracked.get()
     if tracked is not None:
-        tracked.peak_bytes = max(tracked.peak_bytes, total)
-    memory = np.empty(total, np.uint8)
-    start = -memory.__array_interface__["data"][0] % _ALIGN
-    buffers = {}
-    for (name, (shape, dtype)), length in zip(plan.items(), lengths, strict=True):
-        buffers[name] = np.ndarray(shape, dtype, memory, start)
-        start += length
-    return buffers
-
-
-def _lengths(plan: Plan) -> list[int]:
-    """Bytes of each buffer, in whole cache lines."""
-    return [-(-prod(shape) * np.dtype(dtype).itemsize // _ALIGN) * _ALIGN for shape, dtype in plan.values()]
+        tracked.peak_bytes = max(tracked.peak_bytes, size)
+    memory = np.empty(size, np.uint8)
+    first = -memory.__array_interface__["data"][0] % _ALIGN
+    return {name: np.ndarray(shape, dtype, memory, first + start) for name, shape, dtype, start in buffers}
 
 
 @contextmanager
