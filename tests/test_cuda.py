@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 from cuda_host import primitives, small_calls
 
+from dcn_kernels import OPS, deform_conv2d, deform_conv2d_backward, offset_sample2d_backward
 from dcn_kernels import arrays as _arrays
-from dcn_kernels import deform_conv2d, deform_conv2d_backward, offset_sample2d_backward
 from dcn_kernels.cuda import compile
 from dcn_kernels.cuda.device import current
 from dcn_kernels.deform_conv import DEFORM_CONV2D
 from dcn_kernels.environment import why_not
 from dcn_kernels.gradcheck import relative_error, tolerance
 from dcn_kernels.offset_sample import OFFSET_SAMPLE2D
+from dcn_kernels.op import Op, call
 
 if why_not("cuda"):
     pytest.skip(f"cuda: {why_not('cuda')}", allow_module_level=True)
@@ -91,6 +92,51 @@ def test_deterministic_gradients_are_the_same_bits_every_time(op: Any) -> None:
     for run in runs[1:]:
         for name, grad in run.items():
             assert np.array_equal(grad, runs[0][name]), name
+
+
+def regions(op: Op, N: int = 2, dtype: Any = np.float32) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arrays and parameters of 300 regions over one another, 7 x 7 bins, on the GPU."""
+    rng, R, P = np.random.default_rng(3), 300, 7
+    low = rng.uniform(-2, 50, (R, 2))
+    maps = P * P if "ps_roi" in op.name else 1
+    arrays = {
+        "rois": np.concatenate([rng.integers(0, N, (R, 1)), low, low + rng.uniform(1, 30, (R, 2))], axis=1),
+        "offset": rng.standard_normal((R, 2, P, P)),
+        "trans": rng.standard_normal((R, 2, P, P)),
+        "mask": rng.random((R, P, P)),
+        "input": rng.standard_normal((N, (64 if maps == 1 else 4) * maps, 38, 63)),
+    }
+    params = {**op.samples(0)[0].params, "output_size": (P, P), "spatial_scale": 1.0}
+    return {name: cupy.asarray(array.astype(dtype)) for name, array in arrays.items() if name in op.arrays}, params
+
+
+ROI_OPS = [pytest.param(op, id=op.name) for op in OPS.values() if "rois" in op.arrays]
+
+
+@pytest.mark.parametrize("op", ROI_OPS)
+def test_pooling_gradients_are_those_of_the_reference_and_repeatable(op: Op) -> None:
+    arrays, params = regions(op)
+    out = call(op, "forward", arrays, params)
+    grad_output = cupy.asarray(np.random.default_rng(1).standard_normal(out.shape).astype(np.float32))
+    given = {"grad_output": grad_output, **arrays}
+    host = {name: array.get() for name, array in given.items()}
+    want = call(op, "backward", host, params, backend="cpu")
+    runs = [call(op, "backward", given, {**params, "deterministic": True}) for _ in range(5)]
+    for name, grad in call(op, "backward", given, params).items():
+        assert relative_error(grad.get(), want[name])[0] <= tolerance("float32", 1000), name
+        assert relative_error(runs[0][name].get(), want[name])[0] <= tolerance("float32", 1000), name
+        assert all(np.array_equal(run[name].get(), runs[0][name].get()) for run in runs), name
+
+
+@pytest.mark.parametrize("op", ROI_OPS)
+def test_invalid_regions_are_not_read_back(op: Op) -> None:
+    """NaN for them alone, without an error, unless it is asked for."""
+    arrays, params = regions(op)
+    arrays["rois"][5, 0], arrays["rois"][7, 2] = 9, np.nan
+    invalid = cupy.isnan(call(op, "forward", arrays, params)).all(axis=(1, 2, 3)).get()
+    assert np.flatnonzero(invalid).tolist() == [5, 7]
+    with pytest.raises(ValueError, match=f"{op.name}: rois: expected"):
+        call(op, "forward", arrays, {**params, "validate": True})
 
 
 @pytest.mark.parametrize("deterministic", [False, True])

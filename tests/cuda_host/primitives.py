@@ -31,6 +31,11 @@ KERNEL(primitives, THREADS)
  __half* __restrict__ half,             // [blocks, THREADS]
  __nv_bfloat16* __restrict__ brain,     // [blocks, THREADS]
  float* __restrict__ floors,            // [blocks, THREADS]
+ float* __restrict__ ceilings,          // [blocks, THREADS]
+ float* __restrict__ rounded,           // [blocks, THREADS]: halves away from 0
+ float* __restrict__ apart,             // [blocks, THREADS]: 3.1 x - x, each rounded to float
+ double* __restrict__ double_apart,     // [blocks, THREADS]: and to double
+ float* __restrict__ neighbours,        // [blocks, THREADS]: the next lane's x + 1, through shared memory
  int* __restrict__ compared,            // [blocks, THREADS]: bits of what comparisons say
  float* __restrict__ turned,            // [blocks, THREADS]: the block's x from the other end, through shared memory
  float* __restrict__ sums,              // [8]
@@ -52,6 +57,14 @@ KERNEL(primitives, THREADS)
   half[at] = __half(x[i]);
   brain[at] = __nv_bfloat16(x[i]);
   floors[at] = floor(x[i]);
+  ceilings[at] = ceil(x[i]);
+  rounded[at] = round(x[i]);
+  apart[at] = __fadd_rn(__fmul_rn(x[i], 3.1f), -x[i]);
+  double_apart[at] = __dadd_rn(__dmul_rn(double(x[i]), 3.1), -double(x[i]));
+  __syncthreads();
+  tile[i] = x[i] + 1;
+  __syncwarp();
+  neighbours[at] = tile[i / 32 * 32 + (i + 1) % 32];
   const float nothing = NOT_A_NUMBER;
   compared[at] = (x[i] == x[i]) | (x[i] > -1) << 1 | (x[i] < 8) << 2 | (nothing != nothing) << 3 |
                  (absent == nullptr) << 4 | (float(__half(x[i])) == x[i]) << 5 |
@@ -94,6 +107,11 @@ def outputs() -> dict[str, np.ndarray]:
         "half": np.zeros(each, np.float16),
         "brain": np.zeros(each, ml_dtypes.bfloat16),
         "floors": np.zeros(each, np.float32),
+        "ceilings": np.zeros(each, np.float32),
+        "rounded": np.zeros(each, np.float32),
+        "apart": np.zeros(each, np.float32),
+        "double_apart": np.zeros(each, np.float64),
+        "neighbours": np.zeros(each, np.float32),
         "compared": np.zeros(each, np.int32),
         "turned": np.zeros(each, np.float32),
         "sums": np.zeros(8, np.float32),
@@ -108,6 +126,9 @@ def expected() -> dict[str, np.ndarray]:
     with np.errstate(all="ignore"):
         half, brain = x.astype(np.float16), x.astype(ml_dtypes.bfloat16)
         finite = np.isfinite(x)
+        wide = x.astype(np.float64)
+        product, double_product = x * np.float32(3.1) - x, wide * 3.1 - wide
+        rounded = np.copysign(np.trunc(np.abs(wide) + 0.5), wide)
         high = np.where(finite, _tf32(x), np.copysign(np.float32(1), x))
         low = np.where(finite, _tf32(np.where(finite, x - high, 0)), x)
         same = [x == x, x > -1, x < 8, True, True, half.astype(np.float32) == x, brain.astype(np.float32) == x]
@@ -124,6 +145,11 @@ def expected() -> dict[str, np.ndarray]:
         "half": half,
         "brain": brain,
         "floors": np.floor(x),
+        "ceilings": np.ceil(x),
+        "rounded": rounded.astype(np.float32),
+        "apart": product,
+        "double_apart": double_product,
+        "neighbours": (x + 1).reshape(-1, 32)[:, (np.arange(32) + 1) % 32].ravel(),
         "compared": sum(np.asarray(bit).astype(np.int32) << n for n, bit in enumerate(same)),
         "turned": x[::-1],
         "histogram": np.bincount(i % 8, 1 + i % 3, 8).astype(np.int32),
