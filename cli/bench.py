@@ -412,10 +412,10 @@ def _read(path: str) -> dict[str, Any]:
 @click.option("-o", "--output", required=True, metavar="FILE.png", help="Picture to write (.png, .svg or .pdf).")
 @click.option(
     "--what",
-    type=click.Choice(["speed", "memory", "scaling"]),
+    type=click.Choice(["speed", "memory", "scaling", "cost"]),
     default="speed",
     show_default=True,
-    help="Time by layer beside the peers, temporary memory by layer, or time by threads.",
+    help="Time by layer beside the peers, temporary memory by layer, speed-up by threads, or time against arithmetic.",
 )
 def plot(records: tuple[str, ...], output: str, what: str) -> None:
     """Draw records (needs matplotlib: pip install 'dcn-kernels[plot]').

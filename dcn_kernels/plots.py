@@ -17,8 +17,9 @@ def draw(records: dict[str, Record], what: str, kind: str) -> bytes:
     Parameters
     ----------
     records : dict of name -> record
-    what : {"speed", "memory", "scaling"}
-        Time by layer and backend beside the peers; temporary memory by layer; time by number of threads.
+    what : {"speed", "memory", "scaling", "cost"}
+        Time by layer and backend beside the peers; temporary memory by layer; speed-up by number of threads; time
+        against arithmetic, where what costs in proportion lies on a line.
     kind : {"png", "svg", "pdf"}
 
     Raises
@@ -34,7 +35,7 @@ def draw(records: dict[str, Record], what: str, kind: str) -> bytes:
     import matplotlib.pyplot as plt
 
     with plt.style.context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = {"speed": _speed, "memory": _memory, "scaling": _scaling}[what](plt, records)
+        figure = {"speed": _speed, "memory": _memory, "scaling": _scaling, "cost": _cost}[what](plt, records)
         buffer = io.BytesIO()
         figure.savefig(buffer, format=kind, dpi=130, bbox_inches="tight")
         plt.close(figure)
@@ -179,7 +180,39 @@ def _scaling(plt: Any, records: dict[str, Record]) -> Any:
         axis.set_ylabel("speed-up")
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8, frameon=False, loc="upper left")
+        axis.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     figure.suptitle(", ".join(sorted({r["device"]["cpu"] for r in records.values()})), x=0.01, ha="left", fontsize=11)
+    figure.tight_layout()
+    return figure
+
+
+def _cost(plt: Any, records: dict[str, Record]) -> Any:
+    panels: dict[str, dict[str, list[tuple[float, float, str]]]] = {}
+    for name, record in records.items():
+        for row in record["rows"]:
+            points = panels.setdefault(row["direction"], {})
+            label = _series(records, row, name)
+            gflop = row["gflops"] * row["median_ms"] / 1e3
+            points.setdefault(label, []).append((gflop, row["median_ms"], row["layer"]))
+    figure, axes = plt.subplots(1, len(panels), figsize=(6.4 * len(panels), 5.2), squeeze=False)
+    for axis, (panel, found) in zip(axes[0], sorted(panels.items(), reverse=True), strict=True):
+        for number, (label, points) in enumerate(found.items()):
+            gflop, ms, layers = zip(*sorted(points), strict=True)
+            colour = _COLOURS[number % len(_COLOURS)]
+            axis.plot(gflop, ms, "os^Dv"[number % 5], markersize=5, label=label, color=colour, alpha=0.8)
+            rate = sorted(m / g for m, g in zip(ms, gflop, strict=True))[len(ms) // 2]
+            axis.plot(gflop, [rate * g for g in gflop], ":", color=colour, linewidth=1)
+            if number == 0:
+                for x, y, layer in zip(gflop, ms, layers, strict=True):
+                    axis.annotate(layer, (x, y), (-4, 5), textcoords="offset points", fontsize=7, ha="right")
+        axis.plot([], [], ":", color="0.5", label="in proportion (the median rate)")
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_title(panel, loc="left", fontweight="bold")
+        axis.set_xlabel("arithmetic of a call, GFLOP")
+        axis.set_ylabel("milliseconds, median")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=9, frameon=False, loc="upper left")
+    figure.suptitle(_where(records), x=0.01, ha="left", fontsize=11)
     figure.tight_layout()
     return figure

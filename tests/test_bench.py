@@ -511,7 +511,7 @@ def test_pictures(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     result = run(*QUICK, "--threads", "2", "--output", "run.json")
     assert result.exit_code == 0
-    for what in ("speed", "memory", "scaling"):
+    for what in ("speed", "memory", "scaling", "cost"):
         assert run("plot", "run.json", "-o", f"{what}.png", "--what", what).exit_code == 0
         assert (tmp_path / f"{what}.png").read_bytes().startswith(b"\x89PNG")
     assert ".png" in one_line(run("plot", "run.json", "-o", "picture.gif"), 2)
