@@ -190,10 +190,9 @@ def _cost(plt: Any, records: dict[str, Record]) -> Any:
     panels: dict[str, dict[str, list[tuple[float, float, str]]]] = {}
     for name, record in records.items():
         for row in record["rows"]:
-            points = panels.setdefault(row["direction"], {})
-            label = _series(records, row, name)
             gflop = row["gflops"] * row["median_ms"] / 1e3
-            points.setdefault(label, []).append((gflop, row["median_ms"], row["layer"]))
+            series = panels.setdefault(row["direction"], {}).setdefault(_series(records, row, name), [])
+            series.append((gflop, row["median_ms"], row["layer"]))
     figure, axes = plt.subplots(1, len(panels), figsize=(6.4 * len(panels), 5.2), squeeze=False)
     for axis, (panel, found) in zip(axes[0], sorted(panels.items(), reverse=True), strict=True):
         for number, (label, points) in enumerate(found.items()):
