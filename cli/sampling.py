@@ -17,7 +17,7 @@ def _pair(context: click.Context, option: click.Parameter, value: Any) -> Any:
     if value is None:
         return None
     parts = value.split("x")
-    if len(parts) > 2 or not all(part.isdigit() for part in parts):
+    if len(parts) > 2 or not all(part.isdecimal() for part in parts):
         raise click.BadParameter(f"expected a whole number or HxW, got {value!r}")
     return int(parts[0]), int(parts[-1])
 
@@ -26,7 +26,7 @@ def _unit(context: click.Context, option: click.Parameter, values: tuple[str, ..
     units = []
     for value in values:
         parts = value.split(",")
-        if len(parts) != 2 or not all(part.strip().isdigit() for part in parts):
+        if len(parts) != 2 or not all(part.strip().isdecimal() for part in parts):
             raise click.BadParameter(f"expected ROW,COLUMN, got {value!r}")
         units.append((int(parts[0]), int(parts[1])))
     return units

@@ -133,7 +133,7 @@ def sampling_points(
         by_tap = _by_tap(name, taken.arrays["offset"], filter.kernel)
         points = _positions(library(taken), by_tap, filter)
         N, groups, _, _, _, OH, OW = points.shape
-        points = points.reshape(N, groups, -1, 2, OH, OW)
+        points = points.reshape(N, groups, filter.kernel[0] * filter.kernel[1], 2, OH, OW)  # N may be 0
         if at is not None:
             oy, ox = _unit(name, at, (OH, OW))
             points = points[..., oy, ox].copy()
@@ -174,7 +174,7 @@ def stacked_sampling_points(
     ValueError
         No layers, an offset of a wrong shape, or an `at`, `image` or `group` that there is not.
     TypeError
-        Not arrays, or of two frameworks or devices.
+        Layers that are no mappings; not arrays, or of two frameworks or devices.
 
     Notes
     -----
@@ -198,6 +198,8 @@ def stacked_sampling_points(
         raise ValueError(f"{name}: layers: expected at least one layer, got none")
     filters = []
     for number, layer in enumerate(layers):
+        if not isinstance(layer, Mapping):
+            raise TypeError(f"{name}: layers[{number}]: expected a mapping, got {type(layer).__name__}")
         unknown = set(layer) - {"offset", *_LAYER}
         if unknown or "offset" not in layer or "kernel_size" not in layer:
             raise ValueError(
@@ -358,6 +360,8 @@ def offset_statistics(
     name = "offset_statistics"
     filter = make_filter(name, kernel_size, stride, padding, dilation)
     H, W = shapes.pair(name, "input_size", input_size, 1)
+    if not isinstance(quantiles, Iterable):
+        raise TypeError(f"{name}: quantiles: expected several numbers, got {quantiles!r}")
     levels = [shapes.number(name, "quantiles", level) for level in quantiles]
     if not all(0 <= level <= 1 for level in levels):
         raise ValueError(f"{name}: quantiles: expected numbers in [0, 1], got {levels}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ def effective_dilation_by_class(
     dilation: int | tuple[int, int] = 1,
     *,
     spatial_scale: float = 1.0,
-    areas: tuple[float, float] = (32.0**2, 96.0**2),
+    areas: tuple[float, float] = (96.0**2, 224.0**2),
 ) -> dict[str, dict[str, Any]]:
     """Mean and spread of the effective dilation of filters on small, medium and large objects and on background.
 
@@ -42,14 +43,16 @@ def effective_dilation_by_class(
         From image coordinates to the layer's input, 1/16 for a map of stride 16: position v of the map is
         (v + 0.5) / spatial_scale in the image.
     areas : (a, b)
-        In image pixels: below `a` an object is small, from `b` on large. The default is COCO's.
+        In image pixels: below `a` an object is small, from `b` on large. The default is Table 2's; COCO's own are
+        (32**2, 96**2).
 
     Returns
     -------
     dict
         For "small", "medium", "large" and "background": ``mean`` and ``std`` (of the population) in pixels of the
         layer's input, ``filters``, of how many, each offset group being a filter, and ``not_finite``, how many are
-        left out because an offset of theirs is NaN or infinite. NaN for the mean and spread of no filters.
+        left out because an offset of theirs is NaN, infinite, or too long for its type. NaN for the mean and spread
+        of no filters.
 
     Raises
     ------
@@ -60,10 +63,11 @@ def effective_dilation_by_class(
 
     Notes
     -----
-    Table 2 of arXiv 1703.06211. The paper tells neither the sizes that it calls small, medium and large, nor what
-    overlapping boxes do, nor where in the image a unit's centre is. COCO's sizes and the smallest box are this
-    library's choices. That the centre is the middle of the unit's cell, (v + 0.5) / spatial_scale, is how
-    `deform_roi_bins` and the RoI operators that start at x * spatial_scale - 0.5 lay a map over its image.
+    Table 2 of arXiv 1703.06211, whose caption has the sizes: below 96^2 pixels small, above 224^2 large. The paper
+    tells neither whether these are pixels of the image as it came or as it was resized, nor what overlapping boxes
+    do, nor where in the image a unit's centre is. The smallest box is this library's choice. That the centre is the
+    middle of the unit's cell, (v + 0.5) / spatial_scale, is how `deform_roi_bins` and the RoI operators that start at
+    x * spatial_scale - 0.5 lay a map over its image.
 
     Examples
     --------
@@ -72,7 +76,7 @@ def effective_dilation_by_class(
     >>> offset = np.zeros((1, 18, 4, 4))
     >>> boxes = np.array([[0, 0, 0, 32, 32.0]])  # 2x2 cells of a map of stride 16, in a box of 32x32 pixels
     >>> found = effective_dilation_by_class(offset, boxes, 3, padding=2, dilation=2, spatial_scale=1 / 16)
-    >>> found["medium"]
+    >>> found["small"]
     {'mean': 2.0, 'std': 0.0, 'filters': 4, 'not_finite': 0}
     >>> found["background"]["filters"]
     12
@@ -81,7 +85,9 @@ def effective_dilation_by_class(
     filter = make_filter(name, kernel_size, stride, padding, dilation)
     check_neighbours(name, filter)
     scale = shapes.number(name, "spatial_scale", spatial_scale, positive=True)
-    if not isinstance(areas, (tuple, list)) or len(areas) != 2 or not 0 <= areas[0] <= areas[1]:
+    if not isinstance(areas, (tuple, list)) or not all(isinstance(area, Real) for area in areas):
+        raise TypeError(f"{name}: areas: expected a pair of numbers (a, b), got {areas!r}")
+    if len(areas) != 2 or not 0 <= areas[0] <= areas[1]:
         raise ValueError(f"{name}: areas: expected a pair (a, b) with 0 <= a <= b, got {areas!r}")
     with taken_in(name, {"offset": offset, "boxes": boxes}, None, None) as taken:
         dilations = _host(mean_distances(library(taken), name, taken.arrays["offset"], filter))
@@ -89,6 +95,8 @@ def effective_dilation_by_class(
     N, _, OH, OW = dilations.shape
     if found.ndim != 2 or found.shape[1] != 5:
         raise shapes.shape_error(name, "boxes", "B 5", {}, found.shape)
+    if found.dtype.kind not in "iuf" and found.dtype != shapes.BFLOAT16:
+        raise TypeError(f"{name}: boxes: expected real numbers, got dtype {found.dtype}")
     found = found.astype(np.float64)
     known = np.isfinite(found).all(axis=1) & np.isin(found[:, 0], np.arange(N))
     if not known.all():

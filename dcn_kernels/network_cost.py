@@ -18,9 +18,11 @@ PARTS = ("shared", "plain", "deformable", "offsets")
 CLASSES, BINS, REGIONS = 20 + 1, 7 * 7, 300  # PASCAL VOC with background; the RoIs of an image
 
 NOT_COMPARABLE = (
-    "The paper's seconds are those of its column net forward, on its own GPU, framework and images, for the whole "
-    "network with its poolings, normalisations and proposals. Here layers are timed one by one: hold only the ratio "
-    "beside the paper's. The paper tells nothing of memory.",
+    "The paper's seconds are those of its column net forward, on an NVIDIA K40, in its own framework, for the "
+    "whole network with its poolings, normalisations and proposals. Here layers are timed one by one: hold only the "
+    "ratio beside the paper's. The paper tells nothing of memory.",
+    "Of the paper's seconds those of DeepLab and of the class-aware RPN are unverified: they could not be held beside "
+    "the table itself. DeepLab's on VOC are also told as 0.094 and 0.098, here taken for its overall runtime.",
     "Convolutions and fully connected layers are run as their matrix product. A good plain convolution takes about as "
     "long and gathers its columns by small tiles; gathering is left out, in time and in memory, so the ratios are "
     "rather too high than too low.",
@@ -65,7 +67,7 @@ class Network:
     map_size: tuple[int, int]
     layers: tuple[Layer, ...]
     paper_parameters: tuple[float, float]  # millions
-    paper_seconds: tuple[float, float]  # the column "net forward", not the overall runtime
+    paper_seconds: tuple[float, float]  # "net forward", not the overall runtime; for doubts see NOT_COMPARABLE
     remark: str = ""
 
     def parameters(self, part: str) -> int:

@@ -44,7 +44,7 @@ def deform_roi_bins(
     Raises
     ------
     ValueError, TypeError
-        As `deform_roi_pool`.
+        As `deform_roi_pool`, but for RoIs that are not finite or of no image: the former have bins of NaN or infinity.
 
     Notes
     -----
@@ -71,7 +71,9 @@ def deform_roi_bins(
         if shift is not None and tuple(shift.shape) != (len(boxes), 2, *P):
             named = {"R": len(boxes), "PH": P[0], "PW": P[1]}
             raise shapes.shape_error(name, "offset", "R 2 PH PW", named, shift.shape)
-        bins = _bins(library(taken), name, boxes, shift, P, P, spatial_scale, gamma, convention)
+        shift = None if shift is None else as_coordinates(name, "offset", shift)
+        reach = shapes.number(name, "gamma", gamma)
+        bins = _bins(library(taken), name, boxes, shift, P, P, spatial_scale, reach, convention)
         return taken.give(bins[:, 0].copy())
 
 
@@ -105,7 +107,7 @@ def deform_ps_roi_bins(
     Raises
     ------
     ValueError, TypeError
-        As `deform_ps_roi_pool`.
+        As `deform_ps_roi_pool`, with the same exception as `deform_roi_bins`.
 
     Examples
     --------
@@ -131,7 +133,9 @@ def deform_ps_roi_bins(
         ):
             named = {"R": len(boxes), "part_h": part[0], "part_w": part[1]}
             raise shapes.shape_error(name, "trans", "R 2*classes part_h part_w", named, shift.shape)
-        bins = _bins(library(taken), name, boxes, shift, P, part, spatial_scale, trans_std, "rfcn")
+        shift = None if shift is None else as_coordinates(name, "trans", shift)
+        reach = shapes.number(name, "trans_std", trans_std)
+        bins = _bins(library(taken), name, boxes, shift, P, part, spatial_scale, reach, "rfcn")
         return taken.give(bins)
 
 
@@ -150,16 +154,16 @@ def _bins(
     P: tuple[int, int],
     part: tuple[int, int],
     spatial_scale: Any,
-    factor: Any,
+    factor: float,
     convention: str,
 ) -> Any:
     """(R, classes, PH, PW, 4); the arithmetic is that of the operators, in the type of coordinates."""
     real = rois.dtype.type
     scale = real(shapes.number(name, "spatial_scale", spatial_scale, positive=True))
-    reach = real(shapes.number(name, "gamma or trans_std", factor))
+    reach = real(factor)
     classes = 1 if shift is None else shift.shape[1] // 2
     if shift is not None:
-        shift = as_coordinates(name, "offset", shift).astype(rois.dtype, copy=False)
+        shift = shift.astype(rois.dtype, copy=False)
         rows, columns = (np.arange(p) * q // p for p, q in zip(P, part, strict=True))
         shift = shift[:, :, rows][..., columns].reshape(len(rois), classes, 2, *P)
     edges: list[Any] = [None] * 4

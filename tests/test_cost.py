@@ -167,6 +167,7 @@ def test_cost_prints_shares_the_paper_s_figures_and_what_cannot_be_compared() ->
     forwards = [line.split()[5:7] for line in lines if "net forward, ms" in line]
     assert forwards == [["84", "88"], ["142", "152"], ["147", "192"], ["143", "169"]]
     assert "- The paper's seconds are those of its column net forward" in result.stdout
+    assert "those of DeepLab and of the class-aware RPN are unverified" in result.stdout
     assert "The paper does not tell the layers of its class-aware RPN" in result.stdout
     assert "on this machine" not in result.stdout.partition("- The paper's")[0]
 

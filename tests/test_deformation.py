@@ -110,6 +110,12 @@ def test_a_nan_offset_ends_its_branch_alone() -> None:
     assert np.isnan(points[0]).any(axis=1).tolist() == [True] * 9 + [False] * 72
 
 
+def test_no_images_have_no_points_and_no_dilations() -> None:
+    assert sampling_points(np.zeros((0, 36, 4, 5)), 3).shape == (0, 2, 9, 2, 4, 5)
+    assert sampling_points(np.zeros((0, 36, 4, 5)), 3, at=(3, 4)).shape == (0, 2, 9, 2)
+    assert effective_dilation(np.zeros((0, 36, 4, 5)), 3).shape == (0, 2, 4, 5)
+
+
 # ---------------------------------------------------------------- effective dilation
 
 
@@ -212,8 +218,8 @@ def test_a_class_without_filters_is_nan() -> None:
     assert np.isnan(found["large"]["mean"]) and found["large"]["filters"] == 0
 
 
-def test_the_sizes_of_objects_are_coco_s() -> None:
-    side = {"small": 31.9, "medium": 32.0, "large": 96.0}
+def test_the_sizes_of_objects_are_those_of_table_2() -> None:
+    side = {"small": 95.9, "medium": 96.0, "large": 224.0}
     for name, length in side.items():
         box = np.array([[0, 0, 0, length, length]])
         found = effective_dilation_by_class(np.zeros((1, 18, 1, 1)), box, 3, padding=1)
@@ -357,7 +363,7 @@ def test_bins_lie_in_the_image_where_their_roi_does() -> None:
     # a unit's centre is in the bin of its own cell: columns 2 to 5 and rows 1 and 2 of the map
     offset = np.zeros((1, 18, 4, 8))
     found = effective_dilation_by_class(offset, edges, 3, padding=1, spatial_scale=1 / 16)
-    assert found["medium"]["filters"] == 4 * 2
+    assert found["small"]["filters"] == 4 * 2
 
 
 def test_negative_halves_are_rounded_away_from_zero() -> None:
@@ -409,6 +415,18 @@ def test_other_errors() -> None:
         stacked_sampling_points([], at=(0, 0))
     with pytest.raises(ValueError, match=r"layers\[1\]: expected offset, kernel_size.*got offset"):
         stacked_sampling_points([layer, {"offset": offset}], at=(0, 0))
+    with pytest.raises(TypeError, match=r"layers\[0\]: expected a mapping, got ndarray"):
+        stacked_sampling_points([offset], at=(0, 0))
+    with pytest.raises(TypeError, match=r"offset_statistics: quantiles: expected several numbers, got 0.5"):
+        offset_statistics(offset, 6, 3, quantiles=0.5)
+    with pytest.raises(TypeError, match=r"effective_dilation_by_class: areas: expected a pair of numbers .*'a'"):
+        effective_dilation_by_class(offset, np.zeros((0, 5)), 3, areas=("a", 2))
+    with pytest.raises(TypeError, match="effective_dilation_by_class: boxes: expected real numbers, got dtype complex"):
+        effective_dilation_by_class(offset, np.zeros((1, 5), complex), 3)
+    with pytest.raises(TypeError, match=r"deform_ps_roi_bins: trans: expected dtype .*got int64"):
+        deform_ps_roi_bins(np.zeros((3, 5)), np.zeros((3, 2, 3, 3), np.int64), output_size=3)
+    with pytest.raises(ValueError, match="deform_ps_roi_bins: trans_std: expected a finite number"):
+        deform_ps_roi_bins(np.zeros((3, 5)), output_size=3, trans_std=inf)
     with pytest.raises(ValueError, match=r"group: expected one of the 1 of layers\[0\].offset, got 1"):
         stacked_sampling_points([layer], at=(0, 0), group=1)
     with pytest.raises(ValueError, match=r"offset: expected shape \(R, 2, PH, PW\)"):

@@ -197,6 +197,7 @@ def test_sampling_draws_own_offsets_over_an_image(tmp_path: Path) -> None:
         (["--demo", "-o", "x.png", "--kernel", "5"], "--demo has its own image and layers: --kernel belongs to"),
         (["--offset", "flat.npy"], "flat.npy: expected one array (N, 2*OG*K, OH, OW), got (3,)"),
         (["--offset", "o.npy", "--kernel", "3by3"], "expected a whole number or HxW, got '3by3'"),
+        (["--offset", "o.npy", "--kernel", "\u00b2"], "expected a whole number or HxW, got '\u00b2'"),
     ],
 )
 def test_wrong_use_is_one_line_and_exit_code_2(
