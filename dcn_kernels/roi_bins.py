@@ -146,6 +146,7 @@ def _rois(name: str, taken: Taken) -> Any:
     return as_coordinates(name, "rois", rois)
 
 
+@np.errstate(invalid="ignore", over="ignore")  # RoIs that are not finite
 def _bins(
     xp: Any,
     name: str,

@@ -371,6 +371,15 @@ def test_negative_halves_are_rounded_away_from_zero() -> None:
     assert bins[0, 0, 0].tolist() == [-1.5, -2.5, 4.5, 4.5]
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("convention", ["paper", "rfcn", "mmcv"])
+def test_only_the_bins_of_a_roi_that_is_not_finite_are_not(convention: str) -> None:
+    rois = np.array([[0, nan, 0, 3, 3], [0, 0, 0, 3, 3], [0, -inf, 0, inf, 3]])
+    bins = deform_roi_bins(rois, output_size=2, convention=convention)
+    whole = np.isfinite(bins).all(axis=(1, 2))
+    assert whole.tolist() == [[False, True, False, True], [True] * 4, [False, True, False, True]]  # y is finite in all
+
+
 # ---------------------------------------------------------------- arrays and errors
 
 

@@ -187,7 +187,7 @@ def test_sampling_draws_own_offsets_over_an_image(tmp_path: Path) -> None:
         (["--offset", "o.npy", "--kernel", "5"], r"o: offset_statistics: offset: expected shape (N, 2*OG*K, OH, OW)"),
         (["--offset", "o.npy", "-o", "x.bmp"], "expected a name that ends in .png, .svg, .pdf"),
         (["--offset", "o.npy", "-o", "x.png", "--at", "9,9"], "at: expected a position within (OH, OW) = (4, 4)"),
-        (["--offset", "o.npy", "-o", "no/x.png"], "cannot write no/x.png: no folder no"),
+        (["--offset", "o.npy", "-o", "no/x.png"], "cannot write no/x.png: no folder /"),
         (["--offset", "o.npy", "-o", "x.png", "--image", "text"], "--image: cannot read text: "),
         (["--offset", "o.npy", "-o", "x.png", "--image", "none"], "--image: cannot read none: No such file"),
         (["--offset", "o.npy", "-o", "x.png", "--group", "1"], "group: expected one of the 1 of layers[0].offset"),
