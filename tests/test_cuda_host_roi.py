@@ -358,7 +358,7 @@ PLANTED_FOR_SANITIZERS = {
         "thread",
         "roi_pool",
         "atomicAdd(grad_input + (",
-        "*(grad_input + (",
+        "[](acc_t* to, acc_t value) { *to += value; }(grad_input + (",
         "data race",
     ),
     "a missing barrier": ("thread", "roi_gather", "__syncthreads();  // the weights are used up", "", "data race"),
