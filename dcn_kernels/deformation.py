@@ -136,8 +136,8 @@ def sampling_points(
         points = points.reshape(N, groups, filter.kernel[0] * filter.kernel[1], 2, OH, OW)  # N may be 0
         if at is not None:
             oy, ox = _unit(name, at, (OH, OW))
-            points = points[..., oy, ox].copy()
-        return taken.give(points)
+            points = points[..., oy, ox]
+        return taken.give(library(taken).ascontiguousarray(points))
 
 
 _LAYER = {"kernel_size": None, "stride": 1, "padding": 0, "dilation": 1}
@@ -284,7 +284,8 @@ def effective_dilation(
     filter = make_filter(name, kernel_size, stride, padding, dilation)
     check_neighbours(name, filter)
     with taken_in(name, {"offset": offset}, None, None) as taken:
-        return taken.give(mean_distances(library(taken), name, taken.arrays["offset"], filter))
+        xp = library(taken)
+        return taken.give(xp.ascontiguousarray(mean_distances(xp, name, taken.arrays["offset"], filter)))
 
 
 def check_neighbours(name: str, filter: Filter) -> None:

@@ -191,7 +191,7 @@ def _bins(
         if shift is not None:
             moved = (shift[:, :, axis] * reach) * size[:, None, None, None]
         edges[axis], edges[axis + 2] = first.reshape(along) + moved, last.reshape(along) + moved
-    return xp.stack(edges, axis=-1)
+    return xp.ascontiguousarray(xp.stack(edges, axis=-1))
 
 
 def _half_away(xp: Any, v: Any) -> Any:

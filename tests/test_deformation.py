@@ -444,6 +444,24 @@ def test_other_errors() -> None:
         deform_ps_roi_bins(np.zeros((3, 5)), np.zeros((3, 3, 3, 3)), output_size=3)
 
 
+def test_results_are_contiguous_and_the_same_for_any_strides() -> None:
+    rng = np.random.default_rng(8)
+    offset, trans = rng.standard_normal((2, 18, 4, 5)), rng.standard_normal((2, 4, 3, 3))
+    rois = np.array([[0, 0, 0, 9, 9], [0, 3, 1, 8, 20.0]])
+    for function in (
+        lambda turn: sampling_points(turn(offset), 3),
+        lambda turn: sampling_points(turn(offset), 3, at=(1, 2)),
+        lambda turn: effective_dilation(turn(offset), 3),
+        lambda turn: deform_roi_bins(turn(rois), turn(trans[:, :2]), output_size=3),
+        lambda turn: deform_ps_roi_bins(turn(rois), turn(trans), output_size=3),
+    ):
+        plain = function(lambda array: array)
+        for turn in (np.asfortranarray, lambda array: array[..., ::-1].copy()[..., ::-1]):
+            turned = function(turn)
+            assert turned.flags.c_contiguous
+            np.testing.assert_allclose(turned, plain, rtol=1e-14)
+
+
 @pytest.mark.skipif(find_spec("torch") is None, reason="torch is not installed")
 def test_torch_tensors_give_torch_tensors() -> None:
     import torch
