@@ -45,7 +45,8 @@ def main() -> None:
 @click.option("--shapes", "toml", metavar="FILE", help="Layers of a TOML file, tables [layers.NAME] with op and sizes: "
               "all, or those named by --layer.")  # fmt: skip
 @click.option("--op", "ops", multiple=True, metavar="NAME", help="Only this operator; repeatable. Of --shape: its.")
-@click.option("--direction", "directions", multiple=True, type=click.Choice(["forward", "backward"]))
+@click.option("--direction", "directions", multiple=True, type=click.Choice(["forward", "backward"]),
+              help="Default: both.")  # fmt: skip
 @click.option(
     "--backend", "backends", multiple=True, type=click.Choice(BACKENDS), help="Default: cuda if any, else cpu."
 )
@@ -57,7 +58,7 @@ def main() -> None:
     type=click.Choice(["zero", "smooth", "random"]),
     help="How sampling points wander; repeatable. Default: smooth and random.",
 )
-@click.option("--seed", default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the arrays.")
 @click.option(
     "--budget", default=0.3, show_default=True, type=click.FloatRange(0, min_open=True), help="Seconds a row."
 )
@@ -159,6 +160,8 @@ def profile(
         failure = f"wrong result, not timed: {error}"
     except MemoryError as error:
         failure = f"a layer does not fit into memory: {error}"
+    except Exception as error:  # of an operator or of the machine: what was measured is kept
+        failure = f"{type(error).__name__}: {' '.join(str(error).split())}"
     stated = {**asdict(settings), "threads": list(threads) or [row["threads"] for row in rows[:1]], "blas": blas(),
               "load": load}  # fmt: skip
     if rows:
@@ -231,6 +234,8 @@ class _running:
                 peer = Peer(spec)
             except ValueError as error:
                 console.fail(f"--against: {error}")
+            if any(peer.name == other.name for other in self.peers):
+                console.fail(f"--against: {peer.name} is named twice")
             try:
                 peer.start(self.threads or threads())
             except PeerError as error:
@@ -353,8 +358,9 @@ def env_command(as_json: bool) -> None:
 def compare(old: str, new: str, fail_above: float | None, as_json: bool) -> None:
     """Compare two records row by row: faster, slower, same or unsure, from the samples' spread.
 
-    The interval is a 95 % bootstrap interval of the ratio of medians; "same" lies within 3 % of 1. With --fail-above
-    a row fails where it is slower and its ratio is above RATIO.
+    The interval is a 95 % bootstrap interval of the ratio of medians; "same" lies within 3 % of 1, and fewer than five
+    samples are "unsure". What the machine did besides in all of one run is not in the samples' spread. With
+    --fail-above a row fails where it is slower and its ratio is above RATIO.
 
     \b
     Examples:

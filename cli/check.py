@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -52,7 +52,9 @@ def _selection(command: Any) -> Any:
                 type=click.Choice(BACKENDS),
                 help="Repeatable. Default: all that are available.",
             ),
-            click.option("--seed", default=0, show_default=True, help="Of the cases and the random directions."),
+            click.option(
+                "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of cases and directions."
+            ),
             click.option("--json", "as_json", is_flag=True, help="Print only JSON."),
             click.option("--output", metavar="FILE", help="Also write the table to FILE (.json, .csv, .md or .txt)."),
         ]
@@ -128,6 +130,8 @@ def gradients(
     for name in arguments:
         if name not in known:
             console.fail(f"--arg: no differentiable argument {name!r}; there are: {', '.join(sorted(known))}")
+    if self_test and mode != "fast":
+        console.fail("--self-test has no --mode full: a fault must show in the fast checks")
     common: dict[str, Any] = {
         "ops": ops, "arguments": arguments, "dtypes": dtypes or DTYPES, "backends": chosen, "seed": seed,
     }  # fmt: skip
@@ -214,7 +218,7 @@ def _finish(
     """Show and save a table, say how it went, and leave with the exit code."""
     counts = Counter(row.status for row in rows)
     summary = {status.lower(): counts[status] for status in ("PASS", "FAIL", "SKIP")}
-    text = _json({"summary": summary, "settings": settings, "rows": [asdict(row) for row in rows]})
+    text = console.as_json({"summary": summary, "settings": settings, "rows": [asdict(row) for row in rows]})
     if output:  # before anything is shown: whoever reads stdout may have gone
         console.write(output, _formatted(Path(output).suffix, text, columns, shown))
     if as_json:
@@ -241,22 +245,9 @@ def _formatted(suffix: str, text: str, columns: list[str], shown: list[list[str]
         buffer = io.StringIO()
         csv.writer(buffer).writerows([columns, *shown])
         return buffer.getvalue()
-    lines = ["| " + " | ".join(row) + " |" for row in [columns, ["---"] * len(columns), *shown]]
+    cells = [[" ".join(cell.replace("|", "\\|").split()) for cell in row] for row in shown]  # an error may have lines
+    lines = ["| " + " | ".join(row) + " |" for row in [columns, ["---"] * len(columns), *cells]]
     return "\n".join(lines) + "\n"
-
-
-def _json(value: Any) -> str:
-    def plain(item: Any) -> Any:
-        """Infinite and undefined numbers as text: JSON has none."""
-        if isinstance(item, dict):
-            return {key: plain(inner) for key, inner in item.items()}
-        if isinstance(item, (list, tuple)):
-            return [plain(inner) for inner in item]
-        if isinstance(item, float) and (item != item or item in (float("inf"), float("-inf"))):
-            return str(item)
-        return item
-
-    return json.dumps(plain(value), indent=1, allow_nan=False)
 
 
 @main.command()
@@ -276,6 +267,9 @@ def kernels(archs: tuple[str, ...], as_json: bool) -> None:
     """
     from dcn_kernels.cuda import compile as cuda_compile
 
+    for arch in archs:
+        if not re.fullmatch(r"sm_\d{2,3}[a-z]?", arch):
+            console.fail(f"--arch: expected a name such as sm_90, got {arch!r}")
     with console.progress("kernels") as report:
 
         def show(done: int, total: int, what: str) -> None:
@@ -289,7 +283,7 @@ def kernels(archs: tuple[str, ...], as_json: bool) -> None:
             console.fail(str(error), console.FAILED)
     columns = ("kernel", "dtype", "flags", "arch", "registers", "spill_bytes", "shared_bytes", "stack_bytes")
     if as_json:
-        console.say(_json(rows))
+        console.say_json(rows)
     else:
         cells = [
             [" ".join(row[column]) if column == "flags" else str(row[column]) for column in columns] for row in rows

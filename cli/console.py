@@ -39,8 +39,8 @@ def say(text: str) -> None:
     print(text)
 
 
-def say_json(value: Any) -> None:
-    """A result on stdout as JSON; numbers that are infinite or undefined, which JSON has not, as null."""
+def as_json(value: Any) -> str:
+    """A result as JSON; numbers that are infinite or undefined, which JSON has not, as null."""
     import json
     import math
 
@@ -51,7 +51,12 @@ def say_json(value: Any) -> None:
             return [plain(inner) for inner in item]
         return None if isinstance(item, float) and not math.isfinite(item) else item
 
-    say(json.dumps(plain(value), indent=1, allow_nan=False))
+    return json.dumps(plain(value), indent=1, allow_nan=False)
+
+
+def say_json(value: Any) -> None:
+    """A result on stdout as JSON."""
+    say(as_json(value))
 
 
 class Group(click.Group):

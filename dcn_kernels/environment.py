@@ -38,8 +38,10 @@ def why_not(backend: str) -> str:
     if backend == "cuda":
         if importlib.util.find_spec("cupy") is None:
             return f"CuPy is not installed: {_CUPY_HINT}"
-        import cupy
-
+        try:
+            import cupy
+        except Exception as error:  # an installation that lacks a library of CUDA's, or was built for another NumPy
+            return f"CuPy does not import: {' '.join(str(error).split())[:200]}"
         return "" if cupy.is_available() else "CuPy finds no usable NVIDIA GPU or driver"
     return f"no such backend: expected one of {', '.join(BACKENDS)}"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from typing import Any
 
-from dcn_kernels.record import PLAIN, Record, key
+from dcn_kernels.record import PLAIN, Record, key, machine
 
 # Okabe and Ito's colours: told apart also by the colour-blind
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000", "#999999")
@@ -116,7 +116,7 @@ def _bars(plt: Any, panels: dict[str, dict[str, dict[str, float]]], unit: str, t
 
 
 def _where(records: dict[str, Record]) -> str:
-    machines = {record["device"].get("gpu") or record["device"]["cpu"] for record in records.values()}
+    machines = {machine(record) for record in records.values()}
     threads = sorted({row["threads"] for record in records.values() for row in record["rows"]})
     return ", ".join(sorted(machines)) + f", {', '.join(map(str, threads))} threads"
 

@@ -23,6 +23,7 @@ from dcn_kernels.registry import OPS
 
 DIRECTIONS = ("forward", "backward")
 OFFSETS = ("zero", "smooth", "random")
+_PRODUCTS = {"forward": 1, "backward": 2}  # matrix products of a plain convolution, each as large as the forward's
 _LEAST_ROUNDS, _MOST_SAMPLES = 5, 200
 _SPOTS = 32  # output positions, of all channels (or one RoI), whose results are compared at full size
 NOISY = 0.25  # interquartile range over median above which a row is called noisy
@@ -363,25 +364,27 @@ def profile(
             if progress:
                 progress(f"{name} {offsets} {direction} {dtype} {backend}", done, len(table))
             op = OPS[layer["op"]]
-            try:
-                function(op, direction, backend)
-            except (ImportError, AttributeError):
-                warn(f"{name}: {op.name} is not written for {backend}: left out")
+            missing = gradcheck.not_written(op, backend)
+            if missing:
+                warn(f"{name}: {op.name} is {missing}: left out")
                 continue
             kind = "random" if offsets == "none" else offsets
             if known != (name, kind, dtype):
                 inputs = make_inputs(layer, kind, dtype, settings.seed)
                 known, small = (name, kind, dtype), {}
-            first = clock(backend).first_milliseconds(runner(inputs, direction, backend))  # no check has compiled it
-            if backend not in small:
-                small[backend] = check_small(layer, kind, dtype, backend, settings.seed)
+            # before any check of this direction, which would compile it
+            first = clock(backend).first_milliseconds(runner(inputs, direction, backend, reuse=settings.reuse))
+            if (backend, direction) not in small:
+                small[backend, direction] = check_small(layer, kind, dtype, backend, settings.seed, (direction,))
             row = {"op": op.name, "layer": name, "shape": layers.shown(layer), "spread": layer["spread"]}
             row |= {"direction": direction, "backend": backend, "dtype": dtype, "offsets": offsets, "threads": threads}
-            row["small_check"] = small[backend]
+            row["small_check"] = small[backend, direction]
             row |= _row(inputs, direction, backend, settings, threads, peers, warn, first)
             product = _plain_product(inputs)
-            limits = ceilings.get((backend, dtype, product)) or _ceiling(dtype, backend, threads, product)
-            ceilings[backend, dtype, product] = limits
+            limits = ceilings.get((backend, dtype))
+            if limits is None or product:  # a product is timed beside each of its rows
+                limits = _ceiling(dtype, backend, threads, product)
+                ceilings[backend, dtype] = {**limits, "products_ms": []}
             row |= _rates(inputs, direction, row["median_ms"], limits)
             if row["spread_of_samples"] > NOISY:
                 warn(f"{name} {offsets} {direction}: noisy: the middle half of the samples spans "
@@ -479,7 +482,7 @@ def _rates(inputs: Inputs, direction: str, median: float, limits: dict[str, Any]
         "plain_ratio": None,
     }
     if limits["products_ms"]:
-        rates["plain_ms"] = limits["products_ms"][0] * (1 if direction == "forward" else 2)
+        rates["plain_ms"] = limits["products_ms"][0] * _PRODUCTS[direction]
         rates["plain_ratio"] = median / rates["plain_ms"]
     rates["ceiling"] = {"gflops": limits["gflops"], "gbytes_s": limits["gbytes_s"]}
     return rates | shares(rates, rates["ceiling"])
@@ -494,14 +497,24 @@ def shares(row: RowDict, limits: dict[str, float]) -> RowDict:
 
 
 def best_ceilings(rows: list[RowDict]) -> None:
-    """Give the rows of a run the highest rates seen in it: the machine was measured several times, busy or not."""
+    """Give the rows of a run the best rates and times of products seen in it: they were measured several times, the
+    machine busy or not."""
     groups: dict[Any, list[RowDict]] = {}
+    products: dict[Any, list[RowDict]] = {}
     for row in rows:
-        groups.setdefault((row["backend"], row["dtype"], row["threads"]), []).append(row)
+        where = (row["backend"], row["dtype"], row["threads"])
+        groups.setdefault(where, []).append(row)
+        if row["plain_ms"] is not None:
+            products.setdefault((*where, row["op"], row["shape"]), []).append(row)
     for group in groups.values():
         limits = {name: max(row["ceiling"][name] for row in group) for name in ("gflops", "gbytes_s")}
         for row in group:
             row |= shares(row, limits)
+    for group in products.values():
+        least = min(row["plain_ms"] / _PRODUCTS[row["direction"]] for row in group)
+        for row in group:
+            row["plain_ms"] = least * _PRODUCTS[row["direction"]]
+            row["plain_ratio"] = row["median_ms"] / row["plain_ms"]
 
 
 def _plain_product(inputs: Inputs) -> tuple[ceiling.Shape, ...]:
@@ -526,7 +539,7 @@ def _cuda_ceiling(dtype: str, product: tuple[ceiling.Shape, ...]) -> dict[str, A
         return min(ticks.milliseconds(run) for _ in range(10))
 
     def multiply(m: int, k: int, n: int) -> float:
-        kind = "float32" if dtype == "bfloat16" else dtype  # CuPy's matmul has no bfloat16
+        kind = "float16" if dtype == "bfloat16" else dtype  # CuPy's matmul has no bfloat16; GPUs do both at one rate
         a, b = cupy.ones((m, k), kind), cupy.ones((k, n), kind)
         return best(lambda: cupy.matmul(a, b))
 

@@ -45,7 +45,7 @@ ROW_FIELDS: dict[str, tuple[Any, str]] = {
     "dtype": (str, "of input, weight and offsets"),
     "offsets": (str, "zero, smooth, random; none where the operator has no offsets"),
     "threads": (int, "threads of the CPU backend, and of the peers"),
-    "median_ms": (NUMBER, "milliseconds of a call"),
+    "median_ms": (NUMBER, "milliseconds of a call; a backward is given the forward's arguments and computes all anew"),
     "quartiles_ms": (list, "lower and upper quartile of the samples"),
     "samples_ms": (list, "all samples after the warm-up"),
     "cold_ms": (MAYBE, "the same, the second-level cache emptied before each sample; null on a CPU"),
@@ -54,24 +54,33 @@ ROW_FIELDS: dict[str, tuple[Any, str]] = {
         "the CPU's share of a call on a GPU, not in median_ms: checks, starting kernels; null on a CPU",
     ),
     "spread_of_samples": (NUMBER, "interquartile range over median; above 0.25 the row is called noisy"),
-    "compile_ms": (NUMBER, "the first call in the process less the median: compiling, or loading what was compiled"),
+    "compile_ms": (
+        NUMBER,
+        "the first call in the process less the median: compiling, or loading what was compiled (in the first records "
+        "a backward had been run by its check, and shows none)",
+    ),
     "temp_bytes": (MAYBE, "peak temporary memory of a call besides its results"),
     "gflops": (NUMBER, "1e9 floating-point operations a second; of the matrix product alone where there is one"),
     "gbytes_s": (NUMBER, "1e9 bytes a second, each array counted once"),
     "ceiling": (
         dict,
-        "this machine's own rates, the best seen in the run: gflops of a matrix product, gbytes_s of a copy",
+        "this machine's own rates, the best seen in the run: gflops of a matrix product (NumPy's or CuPy's; for halves "
+        "on a CPU in float32, for bfloat16 on a GPU in float16), gbytes_s of a copy",
     ),
     "ceiling_share": (NUMBER, "time at the ceiling over median_ms"),
     "bound": (str, "which ceiling is nearer: arithmetic or memory; neither where the share is below a tenth"),
-    "plain_ms": (MAYBE, "the matrix product of a plain convolution of the same shape in NumPy's BLAS, copies left out"),
+    "plain_ms": (
+        MAYBE,
+        "the matrix product of a plain convolution of the same shape in NumPy's BLAS (on a GPU CuPy's), copies left "
+        "out: the least time of the run (in the first records measured once for a layer)",
+    ),
     "plain_ratio": (MAYBE, "median_ms over plain_ms"),
     "small_check": (NUMBER, "worst error over tolerance on the same options with sizes cut, against the reference"),
     "spot_check": (MAYBE, "the same at full size on some elements of the output or of each gradient"),
     "against": (dict, "peer -> see below"),
 }
 AGAINST_FIELDS: dict[str, tuple[Any, str]] = {
-    "median_ms": (NUMBER, "the peer's milliseconds of a call"),
+    "median_ms": (NUMBER, "the peer's milliseconds of a call; of a backward without the forward that it needs first"),
     "samples_ms": (list, "all its samples, taken in rounds between ours"),
     "ratio": (NUMBER, "its median over ours: above 1 we are faster"),
     "max_error": (MAYBE, "largest difference over our largest element; null: it computes something else"),
@@ -112,6 +121,8 @@ def check(record: Any, name: str = "record") -> Record:
         raise BadRecord(f"{name}: schema {record.get('schema')!r}, expected {SCHEMA}")
     _check_fields(record, FIELDS, name)
     _check_fields(record["device"], {"cpu": (str, ""), "cores": (int, "")}, f"{name}: device")
+    if any(isinstance(row, dict) and row.get("backend") == "cuda" for row in record["rows"]):
+        _check_fields(record["device"], {"gpu": (str, ""), "compute_capability": (str, "")}, f"{name}: device")
     _check_fields(record["settings"], {"backends": (list, "")}, f"{name}: settings")
     if not all(isinstance(word, str) for word in record["settings"]["backends"]):
         raise BadRecord(f"{name}: settings: backends: expected names")
@@ -231,17 +242,28 @@ def _number(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
+def machine(record: Record) -> str:
+    """The GPU of a record that ran on one, else the processor."""
+    device = record["device"]
+    return str(device.get("gpu") or device["cpu"] if "cuda" in record["settings"]["backends"] else device["cpu"])
+
+
+def load(record: Record) -> float | None:
+    """What ran on the machine before the record, where that was more than half a core for each core."""
+    found = record["settings"].get("load")
+    return found if isinstance(found, NUMBER) and found > 0.5 * record["device"]["cores"] else None
+
+
 def caption(record: Record) -> str:
-    """One line: where, with what, when."""
-    device, settings = record["device"], record["settings"]
-    where = device.get("gpu") or device["cpu"] if "cuda" in settings["backends"] else device["cpu"]
+    """One line: where, with what, when, and whether other work was running."""
+    settings, busy = record["settings"], load(record)
     commit = record["commit"][:8] + ("+changes" if record["dirty"] else "") or "no commit"
     used = {row["dtype"] for row in record["rows"]}
     threads = ", ".join(map(str, sorted({row["threads"] for row in record["rows"]})))
     return (
-        f"{where}, {threads} threads, {', '.join(sorted(used))}, "
+        f"{machine(record)}, {threads} threads, {', '.join(sorted(used))}, "
         f"{', '.join(settings['backends'])}{', arrays reused' if settings.get('reuse') else ''}; "
-        f"{commit}, {record['created'][:10]}"
+        f"{commit}, {record['created'][:10]}{f'; other work was running, load {busy:.1f}' if busy else ''}"
     )
 
 
@@ -292,24 +314,27 @@ def key(row: dict[str, Any]) -> tuple[Any, ...]:
 
 
 SAME = 0.03  # ratios within this of 1 are called the same
+_FEWEST = 5  # samples that a verdict needs
 
 
 def verdict(old: Iterable[float], new: Iterable[float], seed: int = 0) -> tuple[str, float, tuple[float, float]]:
     """faster, slower, same or unsure; the ratio of the medians (new over old) and its 95 % interval.
 
     The interval is a bootstrap of both samples: "same" where all of it lies within 3 % of 1, "faster" and "slower"
-    where none of it does on that side, else "unsure".
+    where none of it does on that side, else "unsure". So are fewer than five samples, whose interval is no 95 %: two
+    sets of three are apart by chance in 10 % of cases.
     """
     rng = np.random.default_rng(seed)
-    medians = []
+    medians, counts = [], []
     for samples in (old, new):
         values = np.asarray(list(samples), float)
+        counts.append(len(values))
         medians.append(np.median(values[rng.integers(0, len(values), (2000, len(values)))], axis=1))
         medians[-1][0] = np.median(values)
     ratios = medians[1] / medians[0]
     low, high = (float(limit) for limit in np.percentile(ratios, [2.5, 97.5]))
     ratio = float(ratios[0])
-    if len(list(old)) < 3 or len(list(new)) < 3:
+    if min(counts) < _FEWEST:
         return "unsure", ratio, (low, high)
     if low > 1 + SAME:
         return "slower", ratio, (low, high)
@@ -334,10 +359,14 @@ def compare(old: Record, new: Record) -> tuple[list[dict[str, Any]], list[str]]:
     ]
     if changed:
         warnings.append("the versions differ: " + ", ".join(changed))
+    settings = [{"reuse": bool(r["settings"].get("reuse")), "seed": r["settings"].get("seed")} for r in (old, new)]
+    if settings[0] != settings[1]:
+        changed = [f"{k} {settings[0][k]} -> {settings[1][k]}" for k in settings[0] if settings[0][k] != settings[1][k]]
+        warnings.append("the settings differ: " + ", ".join(changed))
     for name, record in (("old", old), ("new", new)):
-        load = record["settings"].get("load")
-        if isinstance(load, NUMBER) and load > 0.5 * record["device"]["cores"]:
-            warnings.append(f"other work was running before the {name} record (load {load:.1f})")
+        busy = load(record)
+        if busy:
+            warnings.append(f"other work was running before the {name} record (load {busy:.1f})")
     before, after = ({key(row): row for row in record["rows"]} for record in (old, new))
     for name, left, right in (("old", before, after), ("new", after, before)):
         alone = [k for k in left if k not in right]
@@ -370,6 +399,12 @@ def readme(records: dict[str, Record]) -> str:
         "- A peer's column, `NAME, ms (x ours)`: its median, and in brackets that median over ours, in rounds",
         "  interleaved in one run on the same arrays. Above 1 we are faster. `plain conv2d by torch` is a whole plain",
         "  convolution of the same shape, without offsets and mask: below 1 is what deforming costs.",
+        "- A backward is all gradients. The forward that a peer's needs first runs outside the clock, and may leave",
+        "  it results; ours is given the forward's arguments alone and samples again, inside the clock.",
+        "- `arrays reused`: our forward writes into one array (`out=`), and our backward of roi_pool is given the",
+        "  places of the maxima, as those of torchvision, paddle and mxnet are. Without it each of our results is new,",
+        "  and the maxima are searched again. A peer's results are allocated as it does by itself.",
+        "- ONNX Runtime's threads do not spin between calls, so that they take no time from ours.",
         "- `x conv GEMM`: our median over the time of the matrix product alone of a plain convolution of the same",
         "  shape, twice that product for a backward, in the fastest kernels of NumPy's BLAS: above 1 we are slower.",
         "  Nobody runs it as a convolution: sampling, or im2col, is left out.",

@@ -10,6 +10,7 @@ import shutil
 import stat
 import sys
 from pathlib import Path
+from time import sleep
 from types import SimpleNamespace
 from typing import Any
 
@@ -77,6 +78,54 @@ def test_a_record_holds_what_is_described(tmp_path: Path) -> None:
         assert row["plain_ratio"] == pytest.approx(row["median_ms"] / row["plain_ms"])
 
 
+def test_the_first_call_of_each_direction_is_timed_before_a_check_makes_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: set[str] = set()
+
+    def compiles(name: str) -> None:
+        right = getattr(cpu_deform_conv, name)
+
+        def slow_at_first(*args: Any, **kwargs: Any) -> Any:
+            if name not in compiled:
+                compiled.add(name)
+                sleep(0.2)
+            return right(*args, **kwargs)
+
+        monkeypatch.setattr(cpu_deform_conv, name, slow_at_first)
+
+    compiles("deform_conv2d")
+    compiles("deform_conv2d_backward")
+    rows = json.loads(run(*QUICK, "--no-save", "--json").stdout)["rows"]
+    assert [row["compile_ms"] > 150 for row in rows] == [True, True]
+
+
+def test_a_product_is_the_fastest_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([4.0, 3.0])
+    monkeypatch.setattr(
+        profiling.ceiling,
+        "measure",
+        lambda threads, dtype, shapes: {"gflops": 1.0, "gbytes_s": 1.0, "products_ms": [next(times) for _ in shapes]},
+    )
+    rows = json.loads(run(*QUICK, "--no-save", "--json").stdout)["rows"]
+    assert [row["plain_ms"] for row in rows] == [3.0, 6.0]
+    assert [row["plain_ratio"] for row in rows] == [row["median_ms"] / row["plain_ms"] for row in rows]
+
+
+def test_a_row_without_a_weight_has_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = {"one": layers.parse("deform_conv2d", SMALL), "two": layers.parse("offset_sample2d", "C=4,H=8,W=9")}
+    settings = profiling.Settings(("forward",), offsets=("zero",), budget=0.01)
+    assert [row["plain_ms"] for row in profiling.profile(chosen, settings)] == [1.0, None]
+
+
+def test_what_was_measured_before_a_failure_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise ZeroDivisionError("of the kernel")
+
+    monkeypatch.setattr(cpu_deform_conv, "deform_conv2d_backward", fails)
+    result = run(*QUICK, "--output", str(tmp_path / "part.json"))
+    assert result.exit_code == 1 and "error: ZeroDivisionError: of the kernel" in result.stderr
+    assert [row["direction"] for row in record.read(tmp_path / "part.json")["rows"]] == ["forward"]
+
+
 def test_without_output_the_record_goes_to_bench_results(tmp_path: Path) -> None:
     result = run(*QUICK, "--direction", "forward")
     assert result.exit_code == 0
@@ -107,7 +156,9 @@ def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(cpu_deform_conv, "deform_conv2d_backward", scaled)
     result = run(*QUICK, "--no-save", "--json")
-    assert "differs from the reference" in one_line(result, 1)
+    assert result.exit_code == 1 and "differs from the reference" in result.stderr
+    assert [row["direction"] for row in json.loads(result.stdout)["rows"]] == ["forward"]
+    assert "differs from the reference" in one_line(run(*QUICK, "--no-save", "--direction", "backward"), 1)
 
 
 def test_a_fault_of_large_sizes_alone_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,6 +255,7 @@ def test_wrong_usage_is_one_line_and_2(tmp_path: Path) -> None:
     assert "no peer" in one_line(run(*QUICK, "--against", "caffe"), 2)
     assert "--budget" in one_line(run("profile", "--budget", "0"), 2)
     assert "--threads" in one_line(run("profile", "--threads", "0"), 2)
+    assert "--seed" in one_line(run("profile", "--seed", "-1"), 2)
     assert "No such option '--treads'" in one_line(run("profile", "--treads", "2"), 2)
     assert "Missing argument 'NEW'" in one_line(run("compare", "old.json"), 2)
 
@@ -237,6 +289,13 @@ def test_a_layer_larger_than_memory_is_one_line_and_1() -> None:
     assert "does not fit into memory" in one_line(run("profile", "--shape", huge, "--no-save"), 1)
 
 
+def test_a_broken_cupy_is_a_backend_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cupy.py").write_text("raise ImportError('libnvrtc is missing')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "cupy", raising=False)
+    assert why_not("cuda") == "CuPy does not import: libnvrtc is missing"
+
+
 def test_list_runs_nothing() -> None:
     result = run("profile", "--list", "--filter", "^resnet")
     assert result.exit_code == 0 and "resnet101-res5a" in result.stdout and "centernet" not in result.stdout
@@ -261,7 +320,7 @@ def test_spread_gives_the_paper_s_effective_dilation() -> None:
 
 def test_shares_are_of_the_best_rates_of_the_run() -> None:
     busy, idle = ({"backend": "cpu", "dtype": "float32", "threads": 2, "gflops": 50.0, "gbytes_s": 1.0,
-                   "ceiling": {"gflops": rate, "gbytes_s": 10.0}} for rate in (25.0, 100.0))  # fmt: skip
+                   "plain_ms": None, "ceiling": {"gflops": rate, "gbytes_s": 10.0}} for rate in (25.0, 100.0))  # fmt: skip
     profiling.best_ceilings([busy, idle])
     assert busy["ceiling_share"] == idle["ceiling_share"] == 0.5 and busy["bound"] == "arithmetic"
 
@@ -352,6 +411,12 @@ def test_a_peer_that_fails_is_named_and_the_rest_goes_on(
     assert sum(says in warning for warning in warnings) == 2  # it was started again for the second row
 
 
+def test_a_peer_named_twice_is_2(tmp_path: Path) -> None:
+    python = stand_in(tmp_path, "1.0")
+    twice = ("--against", f"torchvision={python}", "--against", f"torchvision={python}")
+    assert "torchvision is named twice" in one_line(run(*QUICK, "--no-save", *twice), 2)
+
+
 @pytest.mark.parametrize("command", ["echo", "true", "nothing"])
 def test_what_is_no_python_is_no_peer(command: str) -> None:
     path = shutil.which(command) or "/nowhere/python"
@@ -435,7 +500,7 @@ def test_verdicts_follow_the_samples() -> None:
     assert record.verdict(steady, 1.2 * steady)[0] == "slower"
     assert record.verdict(steady, 0.8 * steady)[0] == "faster"
     assert record.verdict(steady, noisy)[0] == "unsure"
-    assert record.verdict([10.0], [20.0])[0] == "unsure"  # one sample says nothing
+    assert record.verdict([10.0] * 4, [20.0] * 4)[0] == "unsure"  # too few for an interval
     assert record.verdict(steady, 1.2 * steady)[1] == pytest.approx(1.2)
 
 
@@ -443,9 +508,9 @@ def test_compare_fails_above_a_ratio(tmp_path: Path) -> None:
     old = measured(tmp_path / "old.json")
     new = json.loads(json.dumps(old))
     for row in old["rows"]:
-        row["samples_ms"] = [10.0, 10.1, 9.9, 10.0]
+        row["samples_ms"] = [10.0, 10.1, 9.9, 10.0, 10.0]
     for row, factor in zip(new["rows"], (2.0, 1.0), strict=True):
-        row["samples_ms"] = [factor * s for s in (10.0, 10.1, 9.9, 10.0)]
+        row["samples_ms"] = [factor * s for s in (10.0, 10.1, 9.9, 10.0, 10.0)]
     for name, found in (("old", old), ("new", new)):
         found["settings"]["load"] = 0.0  # whatever else runs beside the tests
         (tmp_path / f"{name}.json").write_text(record.to_json(found))
@@ -459,9 +524,13 @@ def test_compare_fails_above_a_ratio(tmp_path: Path) -> None:
     (tmp_path / "new.json").write_text(record.to_json(new))
     warnings = run("compare", *both).stderr
     assert "the machines differ (cpu)" in warnings and "numpy" in warnings
+    new["settings"]["reuse"] = True
+    (tmp_path / "new.json").write_text(record.to_json(new))
+    assert "the settings differ: reuse False -> True" in run("compare", *both).stderr
     new["settings"]["load"] = 9.5 * new["device"]["cores"]
     (tmp_path / "new.json").write_text(record.to_json(new))
     assert "other work was running before the new record" in run("compare", *both).stderr
+    assert "other work was running" in record.caption(new) and "other work" not in record.caption(old)
     new["rows"] = []
     (tmp_path / "new.json").write_text(record.to_json(new))
     assert run("compare", *both).exit_code == 1
@@ -479,6 +548,7 @@ def test_compare_fails_above_a_ratio(tmp_path: Path) -> None:
         (lambda text: text.replace('"gflops": ', '"gflops": 1e999, "was": ', 1), "gflops: expected a finite number"),
         (lambda text: text.replace('"against": {}', '"against": {"x": {}}', 1), "against x: median_ms is missing"),
         (lambda text: text.replace('"cpu": "', '"gpu": "'), "device: cpu is missing"),
+        (lambda text: text.replace('"backend": "cpu"', '"backend": "cuda"'), "device: "),
         (lambda text: "[" * 100_000, "not JSON"),
     ],
 )

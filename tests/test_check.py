@@ -8,6 +8,7 @@ import json
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,18 @@ def test_an_operator_that_raises_is_a_failed_row(monkeypatch: pytest.MonkeyPatch
     assert result.exit_code == 1 and "ZeroDivisionError: of the kernel" in result.stdout
 
 
+def test_a_backend_that_fails_to_import_is_no_operator_that_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    op = OPS["offset_sample2d"]
+    assert gradcheck.not_written(op, "cpu") == ""
+    monkeypatch.setitem(sys.modules, "dcn_kernels.cpu.sampling", None)  # what this kernel is built on
+    monkeypatch.delitem(sys.modules, "dcn_kernels.cpu.offset_sample")
+    result = run("gradients", "--op", op.name, "--backend", "cpu", "--backend", "reference", "--dtype", "float64")
+    assert result.exit_code == 1 and "2 pass, 2 fail, 0 skip" in result.stdout and "ModuleNotFound" in result.stdout
+    monkeypatch.undo()
+    assert "has no offset_sample3d" in gradcheck.not_written(replace(op, name="offset_sample3d"), "cpu")
+    assert "there is no dcn_kernels.cpu.none" in gradcheck.not_written(replace(op, module="none"), "cpu")
+
+
 def test_a_backend_that_disagrees_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ("backends", "--op", "deform_conv2d", "--dtype", "float32", "--backend", "cpu")
     assert run(*arguments).exit_code == 0
@@ -228,6 +241,9 @@ def test_wrong_usage_is_one_line_and_2(tmp_path: Path) -> None:
     assert "'int8' is not one of" in one_line(run("gradients", "--dtype", "int8"), 2)
     assert "'slow' is not one of" in one_line(run("gradients", "--mode", "slow"), 2)
     assert "No such option '--modes'" in one_line(run("gradients", "--modes", "fast"), 2)
+    assert "--seed" in one_line(run("gradients", "--seed", "-1"), 2)
+    assert "no --mode full" in one_line(run("gradients", "--self-test", "--mode", "full"), 2)
+    assert "such as sm_90" in one_line(run("kernels", "--arch", "hopper"), 2)
     assert "No such command 'gradient'" in one_line(run("gradient"), 2)
     assert run().exit_code == 2  # the help, on stderr
 
@@ -275,6 +291,21 @@ def test_what_was_asked_to_be_saved_is_saved_also_if_nobody_reads(
     path = tmp_path / "table.json"
     run("gradients", "--op", "offset_sample2d", "--dtype", "float64", "--backend", "reference", "--output", str(path))
     assert len(json.loads(path.read_text())["rows"]) == 2
+
+
+def test_numbers_that_json_has_not_are_null(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    right = cpu_deform_conv.deform_conv2d_backward
+
+    def undefined(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        return {name: array * np.nan for name, array in right(*args, **kwargs).items()}
+
+    monkeypatch.setattr(cpu_deform_conv, "deform_conv2d_backward", undefined)
+    path = tmp_path / "table.json"
+    selection = ("--op", "deform_conv2d", "--arg", "bias", "--dtype", "float64", "--backend", "cpu")
+    result = run("gradients", *selection, "--json", "--output", str(path))
+    (row,) = json.loads(result.stdout)["rows"]
+    assert (row["status"], row["error"], row["analytic"]) == ("FAIL", None, None)
+    assert json.loads(path.read_text()) == json.loads(result.stdout)
 
 
 # ---------------------------------------------------------------- kernels
