@@ -319,8 +319,8 @@ def test_spread_gives_the_paper_s_effective_dilation() -> None:
 
 
 def test_shares_are_of_the_best_rates_of_the_run() -> None:
-    busy, idle = ({"backend": "cpu", "dtype": "float32", "threads": 2, "gflops": 50.0, "gbytes_s": 1.0,
-                   "plain_ms": None, "ceiling": {"gflops": rate, "gbytes_s": 10.0}} for rate in (25.0, 100.0))  # fmt: skip
+    common = {"backend": "cpu", "dtype": "float32", "threads": 2, "gflops": 50.0, "gbytes_s": 1.0, "plain_ms": None}
+    busy, idle = ({**common, "ceiling": {"gflops": rate, "gbytes_s": 10.0}} for rate in (25.0, 100.0))
     profiling.best_ceilings([busy, idle])
     assert busy["ceiling_share"] == idle["ceiling_share"] == 0.5 and busy["bound"] == "arithmetic"
 
