@@ -263,7 +263,7 @@ def caption(record: Record) -> str:
     return (
         f"{machine(record)}, {threads} threads, {', '.join(sorted(used))}, "
         f"{', '.join(settings['backends'])}{', arrays reused' if settings.get('reuse') else ''}; "
-        f"{commit}, {record['created'][:10]}{f'; other work was running, load {busy:.1f}' if busy else ''}"
+        f"{commit}, {record['created'][:10]}{f'; load {busy:.1f} in the minute before' if busy else ''}"
     )
 
 
