@@ -7,14 +7,19 @@ import numpy as np
 import pytest
 
 from dcn_kernels import OPS, deform_conv2d
-from dcn_kernels.cpu import threads
+from dcn_kernels.cpu import deform_conv, threads
 from dcn_kernels.op import call
 
 
 @pytest.fixture(autouse=True)
 def threads_even_for_small_work(monkeypatch):
+    plans = deform_conv._forward, deform_conv._backward  # they hold how many threads a shape is worth
+    for plan in plans:
+        plan.cache_clear()
     monkeypatch.setattr(threads, "FLOPS_A_THREAD", 1.0)
     yield
+    for plan in plans:
+        plan.cache_clear()
     threads.set_num_threads(None)
 
 

@@ -39,7 +39,7 @@ def stage_grad_output(s, grad, n, start, count, slot, staged_grad, block):  # ty
     """
     stay_apart()
     whole = round_up(count, MR)
-    for o16 in range(0, round_up(s.O, MR), 16):
+    for o16 in range(0, min(s.O + MR - 1, round_up(s.O, DEPTH)), 16):  # the last group's block may start anywhere
         several = max(0, min(16, s.O - o16))
         part, column = o16 // DEPTH, o16 % DEPTH
         for p64 in range(0, whole, 64):
@@ -72,12 +72,13 @@ def pack_slab(s, weight, group, first, count, k0, k1, to_columns, packed, line):
         for i in range(depth):
             load_filter(s, weight, o + i, channel, count, line, 0)
             for k in range(k0, k1):
-                column = (k - k0) * s.lanes
-                j = column // s.panel * s.panel
-                width = min(s.panel, to_columns - j)
-                to = base + j * depth + i * width + column - j
-                for c in range(s.lanes):
-                    packed[to + c] = line[c * taps + k] if c < count else zero
+                for c0 in range(0, s.lanes, s.width):  # lanes may be more than a panel: a vector is all in one
+                    column = (k - k0) * s.lanes + c0
+                    j = column // s.panel * s.panel
+                    width = min(s.panel, to_columns - j)
+                    to = base + j * depth + i * width + column - j
+                    for c in range(c0, min(s.lanes, c0 + s.width)):
+                        packed[to + c - c0] = line[c * taps + k] if c < count else zero
             for column in range((k1 - k0) * s.lanes, to_columns):
                 j = column // s.panel * s.panel
                 packed[base + j * depth + i * min(s.panel, to_columns - j) + column - j] = zero
