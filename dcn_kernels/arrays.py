@@ -93,7 +93,7 @@ def _device(op: str, name: str, array: Any) -> tuple[str, int]:
 def _check_torch(op: str, name: str, tensor: Any) -> None:
     """Refuse what has no memory to look at, and what would lose a gradient without a word."""
     torch = sys.modules["torch"]
-    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch._is_functional_tensor(tensor):
         raise TypeError(f"{op}: {name}: expected a plain tensor, got one inside torch.func: use dcn_kernels.torch")
     if tensor.requires_grad and torch.is_grad_enabled():
         raise TypeError(
@@ -175,8 +175,8 @@ def _to_other(array: np.ndarray, like: Any) -> Any:
 def _plain_torch(everything: dict[str, Any]) -> dict[str, np.ndarray] | None:
     """The usual case, in a few microseconds: torch's own tensors on the CPU with nothing special about them."""
     torch = sys.modules.get("torch")
-    if torch is None or torch.autograd.forward_ad._current_level >= 0:
-        return None
+    if torch is None or torch.autograd.forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+        return None  # inside functionalize, numpy() would give memory that nobody has written
     plain = {}
     recorded = torch.is_grad_enabled()
     for name, array in everything.items():

@@ -245,13 +245,33 @@ class Described:
     dtype: np.dtype
 
 
+def _varying(array: Any) -> frozenset[str]:
+    """The axes of shard_map's mesh along which an array differs; none in a JAX that does not keep them."""
+    kind: Any = jax.typeof(array) if hasattr(jax, "typeof") else None
+    if hasattr(kind, "manual_axis_type"):
+        return kind.manual_axis_type.varying
+    return getattr(kind, "vma", frozenset())  # its name before JAX 0.10
+
+
+def _vary(array: Any, axes: frozenset[str]) -> Any:
+    more = tuple(sorted(axes - _varying(array)))
+    return jax.lax.pcast(array, more, to="varying") if more else array
+
+
+def _vary_alike(arrays: dict[str, Any]) -> dict[str, Any]:
+    """All arrays marked as differing along the axes of any: JAX then sums a shared one's gradient over these."""
+    axes = frozenset().union(*map(_varying, arrays.values()))
+    return {name: _vary(array, axes) for name, array in arrays.items()}
+
+
 def _call(
     op: Op, arrays: dict[str, Any], params: dict[str, Any], results: list[Any], wrt: list[str] | None
 ) -> list[Any]:
     what = {"op": op.name, "arrays": list(arrays), "params": params, "wrt": wrt}
     text = json.dumps(what, default=lambda value: value.item())  # a NumPy number
     function = jax.ffi.ffi_call(TARGET, results, vmap_method="sequential")
-    return list(function(*arrays.values(), call=text))
+    axes = frozenset().union(*map(_varying, arrays.values()))
+    return [_vary(result, axes) for result in function(*arrays.values(), call=text)]  # XLA's do not say it themselves
 
 
 @lru_cache(maxsize=1024)
@@ -309,6 +329,7 @@ def _function_of(op: Op) -> Callable[..., Any]:
             if not isinstance(array, (jax.Array, np.ndarray)):
                 raise TypeError(f"{op.name}: {name}: expected a JAX or NumPy array, got {type(array).__name__}")
             arrays[name] = jax.numpy.asarray(array)
+        arrays = _vary_alike(arrays)
         params = {name: value for name, value in bound.arguments.items() if name not in op.arrays}
         op.parameters(params)
         text = json.dumps(params, default=lambda value: value.item())

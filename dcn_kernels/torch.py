@@ -62,10 +62,15 @@ def _pair(value: Pair) -> tuple[int, int]:
 class _Slower(torch.autograd.Function):
     """The identity whose gradient is `beta` times that of the result."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, beta: float) -> Tensor:
-        ctx.beta = beta
+    def forward(tensor: Tensor, beta: float) -> Tensor:  # type: ignore[override]
         return tensor.view_as(tensor)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
+        ctx.beta = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]

@@ -334,7 +334,7 @@ def function_of(op: Op) -> Callable[..., torch.Tensor]:
             op.parameters(params)  # our own words for a wrong one, before the schema's
         for name in arguments.pairs:
             value = params[name]
-            params[name] = [value, value] if isinstance(value, int) else list(value)
+            params[name] = list(value) if isinstance(value, (tuple, list)) else [int(value)] * 2
         return operator(*arrays.values(), *params.values())
 
     function = _with_signature(arguments, route)

@@ -260,8 +260,9 @@ def test_torch_tensors_without_memory_are_an_error() -> None:
     ):
         with pytest.raises(TypeError, match=f"offset_sample2d: input: .*{what}"):
             dcn_kernels.offset_sample2d(tensor, offset)
-    with pytest.raises(TypeError, match=r"inside torch.func: use dcn_kernels.torch"):
-        torch.func.vmap(lambda image: dcn_kernels.offset_sample2d(image, offset))(torch.zeros(3, 1, 1, 2, 2))
+    for transform in (torch.func.vmap, torch.func.grad, torch.func.functionalize):  # the last has memory, not its own
+        with pytest.raises(TypeError, match=r"inside torch.func: use dcn_kernels.torch"):
+            transform(lambda image: dcn_kernels.offset_sample2d(image, offset))(torch.zeros(3, 1, 1, 2, 2))
 
 
 def test_torch_out_that_cannot_be_written_to_is_an_error() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -180,3 +183,33 @@ def test_many_compiled_calls_at_once() -> None:
     want = functions.offset_sample2d(image, offset)
     for k, got in enumerate(several(image)):
         np.testing.assert_array_equal(got, want * k)
+
+
+@pytest.mark.skipif(not hasattr(jax, "shard_map"), reason="this JAX has no jax.shard_map")
+def test_a_shared_weight_gets_the_sum_of_the_gradients_of_all_devices() -> None:
+    """In a process of its own: JAX makes two devices of one CPU only at its start."""
+    program = """
+import jax, numpy as np
+from jax.sharding import PartitionSpec as P
+import dcn_kernels.jax as functions
+
+split, mesh = P("d"), jax.sharding.Mesh(np.array(jax.devices()), ("d",))
+image, offset, weight = (jax.numpy.ones(s) for s in ((2, 2, 4, 4), (2, 18, 4, 4), (3, 2, 3, 3)))
+image = image.at[1].set(3)
+loss = lambda *arrays: (functions.deform_conv2d(*arrays, padding=1) ** 2).sum()
+grad = jax.grad(loss, (0, 1, 2))
+shard = lambda function, out: jax.jit(
+    jax.shard_map(function, mesh=mesh, in_specs=(split, split, P()), out_specs=out))
+for got, want in zip(shard(grad, (split, split, P()))(image, offset, weight), grad(image, offset, weight)):
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+try:
+    shard(loss, P())(image, offset, weight)
+except ValueError as error:
+    assert "out_specs" in str(error)
+    print("a sum over one device is not taken for that over all")
+"""
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    done = subprocess.run(command, env={**os.environ, **flags}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "a sum over one device" in done.stdout

@@ -309,6 +309,14 @@ def test_rois_may_be_a_list_of_boxes_for_each_image() -> None:
         )
 
 
+def test_numpy_integers_are_taken_also_where_operators_are_watched() -> None:
+    image, offset, weight = torch.rand(1, 2, 5, 5), torch.rand(1, 18, 5, 5), torch.rand(2, 2, 3, 3)
+    with Seen() as seen:
+        got = layers.deform_conv2d(image, offset, weight, padding=np.int64(1))
+    assert "dcn_kernels.deform_conv2d.default" in seen.names
+    assert torch.equal(got, layers.deform_conv2d(image, offset, weight, padding=1))
+
+
 def test_fake_tensors_have_the_shape_of_the_result() -> None:
     with torch.device("meta"):
         layer = layers.ModulatedDeformConv2dPack(4, 6, 3, stride=2, padding=1, offset_groups=2)
@@ -431,6 +439,21 @@ def test_beta_multiplies_the_step_of_the_offsets_also_in_a_copied_model_and_of_n
         for (name, _), quick, slower in zip(fast.named_parameters(), *steps, strict=True):
             assert quick.abs().max() > 0, f"{type(fast).__name__}: {name} gets no gradient"
             torch.testing.assert_close(slower, quick * (0.25 if "offset" in name else 1), rtol=1e-3, atol=1e-6)
+
+
+def test_packs_in_torch_func_give_the_gradients_of_autograd() -> None:
+    for layer, args in packs(0.25):
+        (layer(*args) ** 2).sum().backward()
+
+        def loss(parameters: Any, layer: Any = layer, args: Any = args) -> Any:
+            return (torch.func.functional_call(layer, parameters, args) ** 2).sum()
+
+        parameters = dict(layer.named_parameters())
+        stacked = {name: torch.stack([value.detach()] * 2) for name, value in parameters.items()}
+        once, each = torch.func.grad(loss)(parameters), torch.vmap(torch.func.grad(loss))(stacked)
+        for name, parameter in parameters.items():
+            torch.testing.assert_close(once[name], parameter.grad)
+            torch.testing.assert_close(each[name], torch.stack([parameter.grad] * 2))
 
 
 def test_conv_offset2d_starts_near_the_identity_and_learns() -> None:
