@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -166,21 +167,48 @@ def test_temporary_memory_stays_within_the_workspace(dtype: Any, deterministic: 
             assert temporary_bytes(backward, N) <= workspace + (64 << 10)
 
 
-def test_runs_on_the_callers_stream_without_a_synchronisation() -> None:
-    """The call can be captured in a graph, which no synchronisation survives, and replayed on new numbers."""
-    arrays, stream = layer(), cupy.cuda.Stream(non_blocking=True)
-    out = cupy.empty_like(arrays["input"])
+@pytest.mark.parametrize("op", ROI_OPS)
+def test_pooling_is_captured_in_a_graph(op: Op) -> None:
+    """Which no synchronisation survives, and replayed on new numbers."""
+    arrays, params = regions(op)
+    stream, out = cupy.cuda.Stream(non_blocking=True), call(op, "forward", arrays, params)
+    cupy.cuda.Device().synchronize()  # the stream does not wait for what made the arrays
     with stream:
-        deform_conv2d(**arrays, padding=1, out=out)  # compiles, and fills the pool
+        call(op, "forward", arrays, params, out=out)  # compiles, and fills the pool
         stream.synchronize()
         stream.begin_capture()
-        deform_conv2d(**arrays, padding=1, out=out)
+        call(op, "forward", arrays, params, out=out)
         graph = stream.end_capture()
-        arrays["input"][...] = cupy.flip(arrays["input"], 3)
+        arrays["input"][...] = cupy.flip(arrays["input"], 3).copy()
         out.fill(0)
         graph.launch(stream)
         stream.synchronize()
-    assert np.array_equal(out.get(), deform_conv2d(**arrays, padding=1).get())
+    assert np.array_equal(out.get(), call(op, "forward", arrays, params).get())
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_convolution_runs_on_the_callers_stream_without_a_synchronisation(deterministic: bool) -> None:
+    """On a stream that is held up: the calls come back all the same. CuPy captures no cuBLAS in a graph."""
+    arrays, stream, gate = layer(), cupy.cuda.Stream(non_blocking=True), threading.Event()
+    grad_output = cupy.ones_like(arrays["input"])
+
+    def both() -> Any:
+        deform_conv2d_backward(grad_output, **arrays, padding=1, deterministic=deterministic)
+        return deform_conv2d(**arrays, padding=1)
+
+    want = both().get()
+    cupy.cuda.Device().synchronize()  # the stream does not wait for what made the arrays
+    with stream:
+        both()  # fills the pool
+        stream.synchronize()
+        stream.launch_host_func(lambda _: gate.wait(20), None)
+        try:
+            out = both()
+            held_up = not stream.done
+        finally:
+            gate.set()
+        stream.synchronize()
+    assert held_up and np.array_equal(out.get(), want)
 
 
 def test_float32_is_as_exact_as_a_plain_product() -> None:

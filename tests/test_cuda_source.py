@@ -268,9 +268,12 @@ def test_cublas_is_asked_for_the_product(dtype: str, out_dtype: str, accumulate:
     assert MODE == {HANDLE: CALLERS_MODE}, "the handle is CuPy's: its mode is put back"
 
 
-def test_failed_product_names_operator_and_sizes(cublas: SimpleNamespace) -> None:
+@pytest.mark.parametrize(
+    "error", [CUBLASError("NOT_SUPPORTED"), NotImplementedError("stream capture: NOT_SUPPORTED by CuPy")], ids=repr
+)
+def test_failed_product_names_operator_and_sizes(error: Exception, cublas: SimpleNamespace) -> None:
     def fail(*_: object) -> None:
-        raise CUBLASError("CUBLAS_STATUS_NOT_SUPPORTED")
+        raise error
 
     cublas.gemmStridedBatchedEx = fail
     a, b, out = (np.zeros(shape, np.float32).view(GPUArray) for shape in ((2, 3, 4), (2, 4, 5), (2, 3, 5)))
