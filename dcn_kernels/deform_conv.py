@@ -88,8 +88,10 @@ def deform_conv2d(
     -----
     Equation 2 of arXiv 1703.06211; the mask is that of arXiv 1811.11168. Coordinates and interpolation weights are
     float32 (float64 for float64 inputs) also for half-precision arrays. A NaN coordinate makes its sample NaN;
-    an infinite one is outside. On a GPU the matrix products are cuBLAS's through CuPy, which refuses them while a stream
-    is captured in a CUDA graph: a RuntimeError. The other operators can be captured.
+    an infinite one is outside.
+
+    On a GPU the matrix products are cuBLAS's through CuPy, which refuses them while a stream is captured in a CUDA
+    graph: a RuntimeError.
 
     Examples
     --------

@@ -128,7 +128,7 @@ class Device:
                 compute,
                 _GEMM_DEFAULT,
             )
-        except (cublas.CUBLASError, NotImplementedError) as error:  # the latter: CuPy, in a graph's capture
+        except (cublas.CUBLASError, NotImplementedError) as error:  # the latter: while a stream is captured
             raise RuntimeError(
                 f"{op}: {batch} products of {rows} x {inner} by {inner} x {columns} {kind} matrices in cuBLAS: {error}"
             ) from error
