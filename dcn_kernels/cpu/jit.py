@@ -93,6 +93,9 @@ class _Part(JITCodeLibrary):
 
     codegen = SimpleNamespace(set_env=lambda name, env: None)  # nothing is loaded that needs its globals
 
+    def _optimize_functions(self, module: Any) -> None:
+        module.data_layout = self._codegen._data_layout
+
     def _optimize_final_module(self) -> None:
         pass
 
