@@ -60,7 +60,7 @@ def main() -> None:
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the arrays.")
 @click.option(
-    "--budget", default=0.3, show_default=True, type=click.FloatRange(0, min_open=True), help="Seconds a row."
+    "--budget", default=0.2, show_default=True, type=click.FloatRange(0, min_open=True), help="Seconds a row."
 )
 @click.option(
     "--reuse", is_flag=True, help="Forward into one array (out=), backward with what a forward kept (argmax=)."

@@ -45,7 +45,7 @@ class Settings:
     offsets: tuple[str, ...] = ("smooth", "random")
     threads: int | None = None
     seed: int = 0
-    budget: float = 0.3  # seconds of timing a row, for us and for each peer
+    budget: float = 0.2  # seconds of timing a row, for us and for each peer
     reuse: bool = False  # forward into one array, backward with what a forward kept, as most peers do
 
 
@@ -381,10 +381,10 @@ def profile(
             row["small_check"] = small[backend, direction]
             row |= _row(inputs, direction, backend, settings, threads, peers, warn, first)
             product = _plain_product(inputs)
-            limits = ceilings.get((backend, dtype))
-            if limits is None or product:  # a product is timed beside each of its rows
-                limits = _ceiling(dtype, backend, threads, product)
-                ceilings[backend, dtype] = {**limits, "products_ms": []}
+            measured = (backend, dtype, (name, kind) if product else None)  # a product beside the rows of its arrays
+            limits = ceilings.get(measured) or _ceiling(dtype, backend, threads, product)
+            ceilings[measured] = limits
+            ceilings[backend, dtype, None] = {**limits, "products_ms": []}
             row |= _rates(inputs, direction, row["median_ms"], limits)
             if row["spread_of_samples"] > NOISY:
                 warn(f"{name} {offsets} {direction}: noisy: the middle half of the samples spans "
