@@ -40,7 +40,8 @@ def _one_element_off(gradient: Any, named: str) -> Any:
 
 def _x_and_y_swapped(gradient: Any, named: str) -> Any:
     axis = _pair_axis(named)
-    assert axis is not None  # `cannot` was asked
+    if axis is None:
+        raise ValueError(cannot("x and y swapped", named))
     order = np.arange(gradient.shape[axis]).reshape(-1, 2)[:, ::-1].ravel()
     return gradient[(slice(None),) * axis + (order,)]
 

@@ -25,7 +25,8 @@ DIRECTIONS = ("forward", "backward")
 OFFSETS = ("zero", "smooth", "random")
 _PRODUCTS = {"forward": 1, "backward": 2}  # matrix products of a plain convolution, each as large as the forward's
 _LEAST_ROUNDS, _MOST_SAMPLES = 5, 200
-_SPOTS = 32  # output positions, of all channels (or one RoI), whose results are compared at full size
+_SPOTS = 32  # output positions at least, of all channels (or one RoI), whose results are compared at full size
+_ELEMENTS = 256  # of the output, and of each gradient that has one value or more a position
 NOISY = 0.25  # interquartile range over median above which a row is called noisy
 
 RowDict = dict[str, Any]
@@ -254,7 +255,10 @@ def check_small(
 
 def check_spots(inputs: Inputs, backend: str, direction: str, seed: int) -> float:
     """Some elements of the full-size result against the reference: the largest error over its tolerance."""
-    part, index = (inputs.op.part or _leading_part(inputs.op))(inputs.sample, _SPOTS, seed)
+    arrays = inputs.sample.arrays
+    channels = [inputs.shape[1], *(arrays[name].shape[1] for name in inputs.op.coordinates if name in arrays)]
+    count = max(_SPOTS, -(-_ELEMENTS // min(channels)))
+    part, index = (inputs.op.part or _leading_part(inputs.op))(inputs.sample, count, seed)
     return _compare(inputs, part, index, backend, (direction,))
 
 

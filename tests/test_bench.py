@@ -625,3 +625,15 @@ def test_readme_names_the_gpus_of_the_records(tmp_path: Path) -> None:
         assert run("readme").exit_code == 0
         says = ("on no GPU yet", "on NVIDIA H200 (9.0; 2027-01-02)")[number]
         assert Path("README.md").read_text() == f"run <!-- gpus -->{says}<!-- /gpus --> today\n"
+
+
+def test_spots_are_256_elements_also_of_narrow_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(
+        profiling,
+        "_compare",
+        lambda inputs, part, index, *rest: seen.extend(a.size for n, a in part.arrays.items() if n in index) or 0.0,
+    )
+    layer = layers.parse("deform_conv2d", "N=1,C=4,H=40,W=40,O=2,kernel=1x1")
+    profiling.check_spots(profiling.make_inputs(layer, "random", "float32", 0), "cpu", "backward", 0)
+    assert min(seen) >= 256

@@ -16,7 +16,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -44,11 +43,6 @@ SANITIZER = os.environ.get("HOST_SANITIZER", "")
 pytestmark = pytest.mark.cuda_host
 
 
-def on_kernels(op: Op) -> bool:
-    """Whether an operator has kernels."""
-    return find_spec(f"dcn_kernels.cuda.{op.module}") is not None
-
-
 @pytest.fixture(scope="session")
 def library(pytestconfig: pytest.Config) -> Library:
     """Compiled kernels, kept from run to run under a hash of all that went into them."""
@@ -64,11 +58,8 @@ def device(library: Library) -> HostDevice:
 
 
 @pytest.fixture
-def backend(request: pytest.FixtureRequest, device: HostDevice, monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:
+def backend(device: HostDevice, monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:
     """The kernels as a backend that the public functions take by name."""
-    op = getattr(request.node, "callspec", None) and request.node.callspec.params.get("op")
-    if op is not None and not on_kernels(op):
-        pytest.skip(f"no kernels of {op.name} yet")
     install(device, monkeypatch)
     yield Backend(NAME)
 
@@ -77,14 +68,13 @@ def install(device: HostDevice, monkeypatch: pytest.MonkeyPatch, **options: Any)
     """Put the launchers, on this device and with more options, where the dispatcher looks for a backend's functions."""
     monkeypatch.setattr(_arrays, "BACKENDS", (*_arrays.BACKENDS, NAME))
     for op in dcn_kernels.OPS.values():
-        if on_kernels(op):
-            path = f"dcn_kernels.{NAME}.{op.module}"
-            module = sys.modules.get(path, ModuleType(path))
-            launcher = import_module(f"dcn_kernels.cuda.{op.module}")
-            for name in (op.name, f"{op.name}_backward"):
-                setattr(module, name, functools.partial(getattr(launcher, name), device=device, **options))
-            monkeypatch.setitem(sys.modules, f"dcn_kernels.{NAME}", ModuleType(f"dcn_kernels.{NAME}"))
-            monkeypatch.setitem(sys.modules, path, module)
+        path = f"dcn_kernels.{NAME}.{op.module}"
+        module = sys.modules.get(path, ModuleType(path))
+        launcher = import_module(f"dcn_kernels.cuda.{op.module}")
+        for name in (op.name, f"{op.name}_backward"):
+            setattr(module, name, functools.partial(getattr(launcher, name), device=device, **options))
+        monkeypatch.setitem(sys.modules, f"dcn_kernels.{NAME}", ModuleType(f"dcn_kernels.{NAME}"))
+        monkeypatch.setitem(sys.modules, path, module)
 
 
 # Differences of every element; the drawn cases compare the same gradients with the reference's.
