@@ -109,7 +109,7 @@ def profile(
       dcn-bench profile --against torchvision=/path/to/venv/bin/python --against torch=/path/to/venv/bin/python
       dcn-bench profile --filter '^resnet' --csv --no-save > rows.csv
     """
-    from dcn_kernels import layers, profiling, record
+    from dcn_kernels.bench import layers, profiling, record
     from dcn_kernels.environment import available, blas, why_not
 
     chosen = _chosen_layers(names, pattern, shape, toml, ops)
@@ -179,8 +179,8 @@ def profile(
 def _chosen_layers(
     names: tuple[str, ...], pattern: str | None, shape: str | None, toml: str | None, ops: tuple[str, ...]
 ) -> dict[str, Any]:
-    from dcn_kernels import layers
-    from dcn_kernels.registry import OPS
+    from dcn_kernels.bench import layers
+    from dcn_kernels.ops.registry import OPS
 
     for op in ops:
         if op not in OPS:
@@ -226,8 +226,8 @@ class _running:
         self.peers: list[Any] = []
 
     def __enter__(self) -> list[Any]:
+        from dcn_kernels.bench.peers import Peer, PeerError
         from dcn_kernels.environment import threads
-        from dcn_kernels.peers import Peer, PeerError
 
         for spec in self.specs:
             try:
@@ -253,7 +253,7 @@ class _running:
 
 
 def _finish_profile(found: dict[str, Any], shape_of_output: str | None, output: str | None, no_save: bool) -> None:
-    from dcn_kernels import record
+    from dcn_kernels.bench import record
 
     path = output
     if not output and not no_save:
@@ -281,7 +281,7 @@ def _results_folder() -> Path:
 
 
 def _list_layers(chosen: dict[str, Any]) -> None:
-    from dcn_kernels import layers
+    from dcn_kernels.bench import layers
 
     rows = [
         [name, layer["op"], layers.shown(layer), f"{layer['spread']:g}", layer["source"]]
@@ -300,8 +300,8 @@ def layers_command(as_json: bool) -> None:
       dcn-bench layers
       dcn-bench layers --json
     """
-    from dcn_kernels import layers
-    from dcn_kernels.registry import OPS
+    from dcn_kernels.bench import layers
+    from dcn_kernels.ops.registry import OPS
 
     known = {name: layer for name, layer in layers.LAYERS.items() if layer["op"] in OPS}
     if as_json:
@@ -321,7 +321,8 @@ def env_command(as_json: bool) -> None:
       dcn-bench env
       dcn-bench env --json
     """
-    from dcn_kernels import environment, peers
+    from dcn_kernels import environment
+    from dcn_kernels.bench import peers
 
     commit, dirty = environment.commit()
     found = {
@@ -367,7 +368,7 @@ def compare(old: str, new: str, fail_above: float | None, as_json: bool) -> None
       dcn-bench compare old.json new.json
       dcn-bench compare old.json new.json --fail-above 1.1
     """
-    from dcn_kernels import record
+    from dcn_kernels.bench import record
 
     before, after = _read(old), _read(new)
     rows, warnings = record.compare(before, after)
@@ -404,7 +405,7 @@ def compare(old: str, new: str, fail_above: float | None, as_json: bool) -> None
 
 
 def _read(path: str) -> dict[str, Any]:
-    from dcn_kernels import record
+    from dcn_kernels.bench import record
 
     try:
         found = record.read(path)
@@ -441,7 +442,7 @@ def plot(records: tuple[str, ...], output: str, what: str) -> None:
     read = {stem if stems.count(stem) == 1 else path: _read(path) for stem, path in zip(stems, records, strict=True)}
     if importlib.util.find_spec("matplotlib") is None:
         console.fail("plot needs matplotlib: pip install 'dcn-kernels[plot]'")
-    from dcn_kernels import plots
+    from dcn_kernels.bench import plots
 
     try:
         picture = plots.draw(read, what, Path(output).suffix[1:])
@@ -462,7 +463,7 @@ def readme(folder: str) -> None:
     Example:
       dcn-bench readme
     """
-    from dcn_kernels import record
+    from dcn_kernels.bench import record
 
     records = {path.name: _read(str(path)) for path in sorted(Path(folder).glob("*.json"))}
     if not records:

@@ -100,7 +100,7 @@ def sampling(
         console.fail("--image and --at belong to a picture: expected -o FILE.png")
     photograph, caption = None, ""
     if demo:
-        from dcn_kernels import sampling_picture
+        from dcn_kernels.deformation import picture as sampling_picture
 
         photograph, layers, chosen = sampling_picture.demo()
         units, names, caption = units or chosen, ["layer 1", "layer 2", "layer 3"], sampling_picture.SYNTHETIC
@@ -117,7 +117,7 @@ def sampling(
     _numbers(names, layers, sizes, as_json)
     if not output:
         return
-    from dcn_kernels import sampling_picture
+    from dcn_kernels.deformation import picture as sampling_picture
 
     if not units:
         OH, OW = layers[-1]["offset"].shape[2:]
@@ -187,7 +187,7 @@ def _as_pair(value: Any) -> tuple[int, int]:
 def _numbers(names: list[str], layers: list[dict[str, Any]], sizes: list[tuple[int, int]], as_json: bool) -> None:
     """A row for each layer on stdout."""
     from dcn_kernels import effective_dilation, offset_statistics
-    from dcn_kernels.dilation_classes import mean_and_spread
+    from dcn_kernels.deformation.dilation_classes import mean_and_spread
 
     rows: list[dict[str, Any]] = []
     for name, layer, size in zip(names, layers, sizes, strict=True):

@@ -34,9 +34,10 @@ import jax
 import numpy as np
 
 import dcn_kernels
-from dcn_kernels import shapes
-from dcn_kernels.op import Op
-from dcn_kernels.op import function as backend_function
+from dcn_kernels import dtypes
+from dcn_kernels.dispatch import shapes
+from dcn_kernels.dispatch.call import function as backend_function
+from dcn_kernels.dispatch.row import Op
 
 if not hasattr(jax, "ffi"):
     raise ImportError(f"dcn_kernels.jax: expected a JAX with jax.ffi (0.5 or newer), got JAX {jax.__version__}")
@@ -52,10 +53,10 @@ HEAD: list[Any] = [("struct_size", ctypes.c_size_t), ("extension", POINTER)]
 EXECUTE = 3  # the stage at which the arrays are there
 METADATA, INTERNAL_ERROR = 1, 13
 DTYPES = {
-    10: shapes.DTYPES["float16"],
-    11: shapes.DTYPES["float32"],
-    12: shapes.DTYPES["float64"],
-    16: shapes.DTYPES["bfloat16"],
+    10: dtypes.DTYPES["float16"],
+    11: dtypes.DTYPES["float32"],
+    12: dtypes.DTYPES["float64"],
+    16: dtypes.DTYPES["bfloat16"],
 }
 
 

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 import dcn_kernels
+from dcn_kernels.check.gradients import BACKENDS, relative_error, to_backend, to_numpy, tolerance
+from dcn_kernels.dispatch.row import Op, Sample
+from dcn_kernels.dtypes import DTYPES
 from dcn_kernels.environment import why_not
-from dcn_kernels.gradcheck import BACKENDS, relative_error, to_backend, to_numpy, tolerance
-from dcn_kernels.op import Op, Sample
-from dcn_kernels.shapes import DTYPES
 
 ROOT = Path(__file__).parent.parent  # the checkout: README.md, Makefile, cli/
 

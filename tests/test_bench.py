@@ -20,9 +20,9 @@ from click.testing import CliRunner, Result
 from dcn_kernels.cli.bench import main
 
 import dcn_kernels.cpu.deform_conv as cpu_deform_conv
-from dcn_kernels import ceiling, layers, peers, plots, profiling, record
+from dcn_kernels.bench import ceiling, layers, peers, plots, profiling, record
 from dcn_kernels.environment import why_not
-from dcn_kernels.registry import OPS
+from dcn_kernels.ops.registry import OPS
 
 ROOT = Path(__file__).parent.parent
 SMALL = "C=8,H=9,W=10,O=8"

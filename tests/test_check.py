@@ -19,10 +19,11 @@ from click.testing import CliRunner, Result
 from dcn_kernels.cli.check import main
 
 import dcn_kernels.cpu.deform_conv as cpu_deform_conv
-from dcn_kernels import gradcheck, planted_faults
+from dcn_kernels.check import gradients as gradcheck
+from dcn_kernels.check import planted_faults
+from dcn_kernels.dtypes import DTYPES
 from dcn_kernels.environment import why_not
-from dcn_kernels.registry import OPS
-from dcn_kernels.shapes import DTYPES
+from dcn_kernels.ops.registry import OPS
 
 
 def run(*arguments: str) -> Result:

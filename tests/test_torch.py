@@ -16,12 +16,12 @@ import pytest
 from conftest import cases, first_cases
 
 import dcn_kernels
-from dcn_kernels.op import Op, Sample
+from dcn_kernels.dispatch.row import Op, Sample
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 import dcn_kernels.torch as layers  # noqa: E402
-from dcn_kernels import torch_ops  # noqa: E402
+from dcn_kernels.torch import ops as torch_ops  # noqa: E402
 
 FIRST = first_cases()
 
@@ -408,7 +408,7 @@ def test_packs_start_as_the_plain_layers() -> None:
         torch.testing.assert_close(layer(image), want)
     rois = torch.tensor([[0, 1, 2, 6, 5], [1, 0, 0, 7, 6]], dtype=torch.float32)
     got = layers.DeformRoIPoolPack((2, 3), 4)(image, rois)
-    torch.testing.assert_close(got, dcn_kernels.roi_pool(image, rois, (2, 3), mode="avg"))
+    torch.testing.assert_close(got, dcn_kernels.ops.roi_pool(image, rois, (2, 3), mode="avg"))
     got = layers.DeformPSRoIPoolPack(2, 4)(image, image, rois)
     assert torch.equal(got, dcn_kernels.deform_ps_roi_pool(image, rois, output_size=2))
 

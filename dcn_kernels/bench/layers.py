@@ -30,7 +30,7 @@ def spread(effective_dilation: float, dilation: float = 2.0) -> float:
 
     Examples
     --------
-    >>> from dcn_kernels.layers import spread
+    >>> from dcn_kernels.bench.layers import spread
     >>> round(spread(5.8), 2)  # res5c, medium objects
     3.11
     """

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from dcn_kernels import ceiling, layers
+from dcn_kernels.bench import ceiling, layers
 
 # shared: in both variants; plain: only there; deformable: in place of the plain one; offsets: what makes the offsets
 PARTS = ("shared", "plain", "deformable", "offsets")
@@ -104,7 +104,7 @@ def resnet101(height: int, width: int) -> list[Layer]:
 
     Examples
     --------
-    >>> from dcn_kernels.network_cost import resnet101
+    >>> from dcn_kernels.bench.network_cost import resnet101
     >>> sum(layer.parameters for layer in resnet101(600, 1000))  # without the classifier
     42500160
     """
@@ -177,7 +177,7 @@ def networks(offset_groups: int = 1) -> dict[str, Network]:
 
     Examples
     --------
-    >>> from dcn_kernels.network_cost import networks
+    >>> from dcn_kernels.bench.network_cost import networks
     >>> networks()["R-FCN"].parameters("offsets")
     2458786
     """
@@ -274,7 +274,7 @@ def measure(
     -------
     list of Measured, in the order of the layers
     """
-    from dcn_kernels import profiling
+    from dcn_kernels.bench import profiling
 
     todo = list(chosen)
     products = sorted({layer.product for layer in todo if layer.product})
@@ -319,7 +319,7 @@ def _products(shapes: list[tuple[int, int, int]], backend: str, threads: int) ->
         return list(ceiling.measure(threads, "float32", tuple((1, *shape) for shape in shapes))["products_ms"])
     import cupy
 
-    from dcn_kernels.profiling import CudaClock
+    from dcn_kernels.bench.profiling import CudaClock
 
     ticks, times = CudaClock(), []
     for m, k, n in shapes:
@@ -332,7 +332,7 @@ def _products(shapes: list[tuple[int, int, int]], backend: str, threads: int) ->
 
 def _call(layer: layers.Layer, backend: str, budget: float) -> Measured:
     """The fastest of some calls, as of the products; checked against the reference on a small case first."""
-    from dcn_kernels import profiling
+    from dcn_kernels.bench import profiling
 
     profiling.check_small(layer, "smooth", "float32", backend, 0, ("forward",))
     inputs = profiling.make_inputs(layer, "smooth", "float32", 0)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from dcn_kernels.profiling import Inputs
+    from dcn_kernels.bench.profiling import Inputs
 
 WORKER = Path(__file__).with_name("peer_worker.py")
 _PATIENCE = 300.0  # seconds that one answer may take

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from typing import Any
 
-from dcn_kernels.record import PLAIN, Record, key, machine
+from dcn_kernels.bench.record import PLAIN, Record, key, machine
 
 # Okabe and Ito's colours: told apart also by the colour-blind
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000", "#999999")

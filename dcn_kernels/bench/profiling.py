@@ -16,10 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from dcn_kernels import ceiling, environment, gradcheck, layers, shapes
-from dcn_kernels.op import Op, Sample, call, function
-from dcn_kernels.peers import Peer, PeerError
-from dcn_kernels.registry import OPS
+from dcn_kernels import environment
+from dcn_kernels.bench import ceiling, layers
+from dcn_kernels.bench.peers import Peer, PeerError
+from dcn_kernels.check import gradients as gradcheck
+from dcn_kernels.dispatch.call import call, function
+from dcn_kernels.dispatch.row import Op, Sample
+from dcn_kernels.dtypes import DTYPES, accumulator
+from dcn_kernels.ops.registry import OPS
 
 DIRECTIONS = ("forward", "backward")
 OFFSETS = ("zero", "smooth", "random")
@@ -209,7 +213,7 @@ def make_inputs(layer: layers.Layer, offsets: str, dtype: str, seed: int) -> Inp
         sample = op.layer_sample(layer, offsets=offsets, spread=layer["spread"], seed=seed)
     except KeyError as missing:
         raise ValueError(f"{op.name}: the layer needs the size {missing}") from None
-    storage = shapes.DTYPES[dtype]
+    storage = DTYPES[dtype]
     sample = dataclasses.replace(sample, arrays={name: a.astype(storage) for name, a in sample.arrays.items()})
     sizes, shape = gradcheck.output_shape(op, sample)
     grad_output = np.random.default_rng([seed, 1]).standard_normal(shape, np.float32).astype(storage)
@@ -280,7 +284,7 @@ def _compare(inputs: Inputs, part: Sample, index: dict[str, Any], backend: str, 
     """`part` on the reference against the whole on a backend, where the part's results belong."""
     op = inputs.op
     first = next(iter(inputs.sample.arrays.values()))
-    wide = shapes.accumulator(first.dtype)
+    wide = accumulator(first.dtype)
     exact = {**dict.fromkeys(op.arrays), **{name: array.astype(wide) for name, array in part.arrays.items()}}
     params = op.parameters(inputs.sample.params)
     worst = 0.0
@@ -472,7 +476,7 @@ def _ceiling(dtype: str, backend: str, threads: int, product: tuple[ceiling.Shap
     """This machine's rates now, and the time of a layer's plain product."""
     if backend == "cuda":
         return _cuda_ceiling(dtype, product)
-    return ceiling.measure(threads, str(shapes.accumulator(shapes.DTYPES[dtype])), product)
+    return ceiling.measure(threads, str(accumulator(DTYPES[dtype])), product)
 
 
 def _rates(inputs: Inputs, direction: str, median: float, limits: dict[str, Any]) -> RowDict:

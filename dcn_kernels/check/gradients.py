@@ -27,10 +27,12 @@ from typing import Any
 
 import numpy as np
 
-from dcn_kernels import arrays as _arrays
-from dcn_kernels import shapes
-from dcn_kernels.op import Op, Sample, call
-from dcn_kernels.registry import OPS
+from dcn_kernels.dispatch import arrays as _arrays
+from dcn_kernels.dispatch import shapes
+from dcn_kernels.dispatch.call import call
+from dcn_kernels.dispatch.row import Op, Sample
+from dcn_kernels.dtypes import DTYPES, HALVES, accumulator
+from dcn_kernels.ops.registry import OPS
 
 BACKENDS = _arrays.BACKENDS
 
@@ -45,12 +47,12 @@ def tolerance(dtype: Any, length: float = 1) -> float:
 
     Examples
     --------
-    >>> from dcn_kernels.gradcheck import tolerance
+    >>> from dcn_kernels.check.gradients import tolerance
     >>> tolerance("float64", 100) == 10 * tolerance("float64")
     True
     """
-    storage = shapes.DTYPES[str(np.dtype(dtype) if dtype not in shapes.DTYPES else dtype)]
-    return max(TOLERANCES[storage.name], TOLERANCES[shapes.accumulator(storage).name] * sqrt(max(1.0, length)))
+    storage = DTYPES[str(np.dtype(dtype) if dtype not in DTYPES else dtype)]
+    return max(TOLERANCES[storage.name], TOLERANCES[accumulator(storage).name] * sqrt(max(1.0, length)))
 
 
 def reduction_length(op: Op, sizes: dict[str, int], direction: str, elements: int) -> float:
@@ -127,8 +129,8 @@ class Row:
 
 def _with_dtype(op: Op, arrays: dict[str, Any], dtype: str, *, wide_coordinates: bool) -> dict[str, Any]:
     """A case's arrays in a dtype; beside halves the coordinates may stay float32."""
-    storage = shapes.DTYPES[dtype]
-    wide = shapes.accumulator(storage) if wide_coordinates else storage
+    storage = DTYPES[dtype]
+    wide = accumulator(storage) if wide_coordinates else storage
     return {name: array.astype(wide if name in op.coordinates else storage) for name, array in arrays.items()}
 
 
@@ -170,7 +172,7 @@ def output_shape(op: Op, sample: Sample) -> tuple[dict[str, int], tuple[int, ...
 
 
 def _grad_output(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    return (np.round(rng.standard_normal(shape) * 32) / 32).astype(shapes.DTYPES[dtype])
+    return (np.round(rng.standard_normal(shape) * 32) / 32).astype(DTYPES[dtype])
 
 
 def step(op: Op, sample: Sample, argument: str) -> float:
@@ -187,7 +189,7 @@ class Case:
     def __init__(self, op: Op, sample: Sample, dtype: str, seed: int, *, wide_coordinates: bool) -> None:
         self.op, self.dtype = op, dtype
         values = dict(sample.arrays)
-        if not sample.expected and shapes.DTYPES[dtype] not in shapes.HALVES:
+        if not sample.expected and DTYPES[dtype] not in HALVES:
             # digits down to the last one, so that a computation in a lower precision shows
             rng = np.random.default_rng([seed, 4])
             for name in op.differentiable:
@@ -196,13 +198,13 @@ class Case:
                     values[name] = values[name] + rng.uniform(-reach, reach, values[name].shape)
         arrays = _with_dtype(op, values, dtype, wide_coordinates=wide_coordinates)
         self.sample = dataclasses.replace(sample, arrays=arrays)
-        accumulator = shapes.accumulator(shapes.DTYPES[dtype])
-        exact = {name: array.astype(accumulator) for name, array in arrays.items()}
+        wide = accumulator(DTYPES[dtype])
+        exact = {name: array.astype(wide) for name, array in arrays.items()}
         self.exact = dataclasses.replace(sample, arrays=exact)
         self.sizes, shape = output_shape(op, self.sample)
         rng = np.random.default_rng([seed, 1])
         if sample.expected:
-            self.grad_output = np.ones(shape, shapes.DTYPES[dtype])
+            self.grad_output = np.ones(shape, DTYPES[dtype])
         else:
             self.grad_output = _grad_output(rng, shape, dtype)
         self.arguments = tuple(name for name in op.differentiable if name in arrays)
@@ -336,7 +338,7 @@ class Case:
         size = max(float(terms), float(np.linalg.norm(products)), np.finfo(np.float64).tiny)
         error = abs(left - right) / size if np.isfinite(left - right) else np.inf
         bound = self.bound(array.size)
-        if backend.startswith("cuda") and "weight" in self.op.arrays and shapes.DTYPES[self.dtype] in shapes.HALVES:
+        if backend.startswith("cuda") and "weight" in self.op.arrays and DTYPES[self.dtype] in HALVES:
             # Both sums are of terms whose roundings are independent. Elsewhere a term is rounded once, with the result
             # that it comes from. Matrix units of a half type take the samples rounded to it, so a term is rounded
             # twice, by as much each time: twice the variance.
@@ -386,7 +388,7 @@ def findings(
     grads = backward(case.op, case.sample, backend, case.grad_output)
     repeatable = _repeatable(case.op, backend, case.sample)
     again = [backward(case.op, repeatable, backend, case.grad_output) for _ in range(2 if repeat else 0)]
-    half = shapes.DTYPES[case.dtype] in shapes.HALVES
+    half = DTYPES[case.dtype] in HALVES
     for argument in wanted:
         gradient = grads[argument]
         if case.sample.expected:
@@ -420,7 +422,7 @@ def check_gradients(
     *,
     ops: tuple[str, ...] = (),
     arguments: tuple[str, ...] = (),
-    dtypes: tuple[str, ...] = tuple(shapes.DTYPES),
+    dtypes: tuple[str, ...] = tuple(DTYPES),
     backends: tuple[str, ...] = ("reference", "cpu"),
     mode: str = "fast",
     seed: int = 0,
@@ -501,7 +503,7 @@ def _row(
 def check_backends(
     *,
     ops: tuple[str, ...] = (),
-    dtypes: tuple[str, ...] = tuple(shapes.DTYPES),
+    dtypes: tuple[str, ...] = tuple(DTYPES),
     backends: tuple[str, ...] = BACKENDS,
     seed: int = 0,
     progress: Callable[[str, int, int], None] | None = None,

@@ -15,15 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from dcn_kernels import shapes
-from dcn_kernels.gradcheck import CHECKS, Case, all_cases, findings, not_written
-from dcn_kernels.op import Op
-from dcn_kernels.registry import OPS
+from dcn_kernels.check.gradients import CHECKS, Case, all_cases, findings, not_written
+from dcn_kernels.dispatch.row import Op
+from dcn_kernels.dtypes import DTYPES, accumulator
+from dcn_kernels.ops.registry import OPS
 
 
 def _scaled(gradient: Any, named: str) -> Any:
     # half types have no 1.01: the product is rounded, not the factor
-    wide = gradient.astype(shapes.accumulator(gradient.dtype))
+    wide = gradient.astype(accumulator(gradient.dtype))
     return (wide * np.asarray(1.01, wide.dtype)).astype(gradient.dtype)
 
 
@@ -121,7 +121,7 @@ def self_test(
     *,
     ops: tuple[str, ...] = (),
     arguments: tuple[str, ...] = (),
-    dtypes: tuple[str, ...] = tuple(shapes.DTYPES),
+    dtypes: tuple[str, ...] = tuple(DTYPES),
     backends: tuple[str, ...] = ("cpu",),
     seed: int = 0,
     progress: Callable[[str, int, int], None] | None = None,

@@ -26,7 +26,7 @@ from dcn_kernels.cpu.jit import inner, kernel, stay_apart
 from dcn_kernels.cpu.sampling import corner_table, limits
 from dcn_kernels.cpu.slabs import Slabs, array_from, cut, described, numbers, round_up, stage, staged_pixels, turn
 from dcn_kernels.cpu.threads import barrier, claim, get_num_threads, run, threads_for
-from dcn_kernels.shapes import accumulator
+from dcn_kernels.dtypes import accumulator
 
 FILTERS = 8  # packed together
 

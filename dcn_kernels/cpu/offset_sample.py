@@ -19,7 +19,7 @@ from dcn_kernels.cpu.jit import inner, kernel, stay_apart
 from dcn_kernels.cpu.sampling import corner_table, limits
 from dcn_kernels.cpu.slabs import array_from, described, load_pixels, numbers
 from dcn_kernels.cpu.threads import barrier, claim, run, threads_for
-from dcn_kernels.shapes import accumulator
+from dcn_kernels.dtypes import accumulator
 
 TILE = 512  # pixels whose corners are held at once
 BATCH = 8  # channels that share them

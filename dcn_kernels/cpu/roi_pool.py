@@ -21,7 +21,7 @@ from dcn_kernels.cpu.roi_lanes import LANES, SLABS, grid_argmax, grid_max, grid_
 from dcn_kernels.cpu.roi_mean import Plan, array, buffers, extent, mean, mean_backward, plan, score_map, slabs_of
 from dcn_kernels.cpu.slabs import load_pixels
 from dcn_kernels.cpu.threads import barrier, claim, run
-from dcn_kernels.shapes import argmax_error
+from dcn_kernels.dispatch.shapes import argmax_error
 
 
 @inner

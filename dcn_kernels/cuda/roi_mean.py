@@ -17,7 +17,7 @@ from dcn_kernels.cuda.device import DEFAULT_WORKSPACE, Device
 from dcn_kernels.cuda.roi_gather import collect
 from dcn_kernels.cuda.staging import copy
 from dcn_kernels.cuda.taps import LARGEST
-from dcn_kernels.shapes import accumulator
+from dcn_kernels.dtypes import accumulator
 
 BUILD = "roi_mean"
 THREADS, WARPS = 256, 8

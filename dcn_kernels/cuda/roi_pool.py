@@ -13,7 +13,7 @@ from dcn_kernels.cuda.compile import Flags
 from dcn_kernels.cuda.device import DEFAULT_WORKSPACE, Device
 from dcn_kernels.cuda.roi_gather import collect
 from dcn_kernels.cuda.roi_mean import THREADS, Pooling, Source, Target, input_gradient, mean, set_strides
-from dcn_kernels.shapes import check_argmax
+from dcn_kernels.dispatch.shapes import check_argmax
 
 BUILD = "roi_pool"
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from dcn_kernels import shapes
-from dcn_kernels.arrays import taken_in
-from dcn_kernels.deformation import check_neighbours, library, make_filter, mean_distances
+from dcn_kernels.deformation.sampling_points import check_neighbours, library, make_filter, mean_distances
+from dcn_kernels.dispatch import shapes
+from dcn_kernels.dispatch.arrays import taken_in
+from dcn_kernels.dtypes import BFLOAT16
 
 CLASSES = ("small", "medium", "large", "background")
 
@@ -95,7 +96,7 @@ def effective_dilation_by_class(
     N, _, OH, OW = dilations.shape
     if found.ndim != 2 or found.shape[1] != 5:
         raise shapes.shape_error(name, "boxes", "B 5", {}, found.shape)
-    if found.dtype.kind not in "iuf" and found.dtype != shapes.BFLOAT16:
+    if found.dtype.kind not in "iuf" and found.dtype != BFLOAT16:
         raise TypeError(f"{name}: boxes: expected real numbers, got dtype {found.dtype}")
     found = found.astype(np.float64)
     known = np.isfinite(found).all(axis=1) & np.isin(found[:, 0], np.arange(N))

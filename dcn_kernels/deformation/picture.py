@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from dcn_kernels import samples
-from dcn_kernels.deformation import effective_dilation, outside, stacked_sampling_points
+from dcn_kernels.deformation.sampling_points import effective_dilation, outside, stacked_sampling_points
+from dcn_kernels.ops.samples import draw as samples
 
 # One hue, lighter and smaller downwards, and its opposite for the centre: told apart also by the colour-blind
 _SHADES, _CENTRE = ("#08306B", "#155FA8", "#2B8CDB", "#6FBDF2"), "#F05A00"
@@ -49,7 +49,7 @@ def in_image(points: np.ndarray, stride: Any) -> np.ndarray:
     Examples
     --------
     >>> import numpy as np
-    >>> from dcn_kernels.sampling_picture import in_image
+    >>> from dcn_kernels.deformation.picture import in_image
     >>> in_image(np.array([-0.5, 0.0, 1.0]), 16)
     array([-0.5,  7.5, 23.5])
     """

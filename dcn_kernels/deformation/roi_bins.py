@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from dcn_kernels import shapes
-from dcn_kernels.arrays import Taken, taken_in
-from dcn_kernels.deformation import as_coordinates, library
+from dcn_kernels.deformation.sampling_points import as_coordinates, library
+from dcn_kernels.dispatch import shapes
+from dcn_kernels.dispatch.arrays import Taken, taken_in
 
 
 def deform_roi_bins(

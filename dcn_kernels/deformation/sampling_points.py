@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dcn_kernels import shapes
-from dcn_kernels.arrays import Taken, taken_in
+from dcn_kernels.dispatch import shapes
+from dcn_kernels.dispatch.arrays import Taken, taken_in
+from dcn_kernels.dtypes import DTYPES, accumulator
 
 _NAMED = "N 2*OG*K OH OW"
 
@@ -48,9 +49,9 @@ def library(taken: Taken) -> Any:
 
 def as_coordinates(name: str, argument: str, array: Any) -> Any:
     """An array in the type of coordinates."""
-    if array.dtype not in shapes.DTYPES.values():
-        raise TypeError(f"{name}: {argument}: expected dtype {', '.join(shapes.DTYPES)}, got {array.dtype}")
-    return array.astype(shapes.accumulator(array.dtype), copy=False)
+    if array.dtype not in DTYPES.values():
+        raise TypeError(f"{name}: {argument}: expected dtype {', '.join(DTYPES)}, got {array.dtype}")
+    return array.astype(accumulator(array.dtype), copy=False)
 
 
 def _by_tap(name: str, offset: Any, kernel: tuple[int, int], argument: str = "offset") -> Any:

@@ -46,9 +46,9 @@ class Taken:
         if self.framework in ("numpy", "cupy"):
             return array
         if self.backend == "cuda":
-            from dcn_kernels.cuda import arrays as cuda_arrays
+            from dcn_kernels.dispatch import gpu_arrays
 
-            return cuda_arrays.from_cupy(array, self.framework)
+            return gpu_arrays.from_cupy(array, self.framework)
         if self.framework == "torch":
             return _to_torch(array)
         if self.framework == "jax":
@@ -238,10 +238,10 @@ def taken_in(op: str, arrays: dict[str, Any], out: Any, backend: str | None) -> 
         taken = {name: _to_numpy(op, name, array) for name, array in everything.items()}
         yield Taken(chosen, {n: taken[n] for n in arrays}, taken.get("out"), framework, everything[first])
         return
-    from dcn_kernels.cuda import arrays as cuda_arrays  # needs CuPy
+    from dcn_kernels.dispatch import gpu_arrays  # needs CuPy
 
-    with cuda_arrays.current(everything[first], framework, number):
-        taken = {name: cuda_arrays.to_cupy(op, name, array) for name, array in everything.items()}
+    with gpu_arrays.current(everything[first], framework, number):
+        taken = {name: gpu_arrays.to_cupy(op, name, array) for name, array in everything.items()}
         yield Taken(chosen, {n: taken[n] for n in arrays}, taken.get("out"), framework, everything[first])
 
 

@@ -12,30 +12,14 @@ import operator
 from collections.abc import Iterable
 from functools import lru_cache
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import ml_dtypes
 import numpy as np
 
-if TYPE_CHECKING:
-    from dcn_kernels.op import Op, Params, Sizes
-
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-DTYPES = {
-    "float16": np.dtype(np.float16),
-    "bfloat16": BFLOAT16,
-    "float32": np.dtype(np.float32),
-    "float64": np.dtype(np.float64),
-}
-HALVES = (DTYPES["float16"], BFLOAT16)
-
+from dcn_kernels.dispatch.row import Op, Params, Sizes
+from dcn_kernels.dtypes import DTYPES, HALVES
 
 LARGEST_STEP = 2**31 - 1  # of a stride, padding or dilation: products with a size then fit 64 bits
-
-
-def accumulator(dtype: np.dtype) -> np.dtype:
-    """The type of sums, coordinates and interpolation weights: float64 for float64, else float32."""
-    return DTYPES["float64"] if dtype == np.float64 else DTYPES["float32"]
 
 
 # ---------------------------------------------------------------- parameters

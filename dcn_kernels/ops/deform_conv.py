@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from dcn_kernels import samples, shapes
-from dcn_kernels.arrays import taken_in
-from dcn_kernels.op import Op, Params, Sizes, call
+from dcn_kernels.dispatch import shapes
+from dcn_kernels.dispatch.arrays import taken_in
+from dcn_kernels.dispatch.call import call
+from dcn_kernels.dispatch.row import Op, Params, Sizes
+from dcn_kernels.ops.samples import draw as samples
 
 BORDERS = ("zeros", "msra", "edge")
 PRECISIONS = ("float32", "ieee", "tf32")

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from dcn_kernels import samples, shapes
-from dcn_kernels.deform_conv import BORDERS
-from dcn_kernels.op import Op, Params, Sizes, call
+from dcn_kernels.dispatch import shapes
+from dcn_kernels.dispatch.call import call
+from dcn_kernels.dispatch.row import Op, Params, Sizes
+from dcn_kernels.ops.deform_conv import BORDERS
+from dcn_kernels.ops.samples import draw as samples
 
 
 def offset_sample2d(

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from dcn_kernels import samples, shapes
-from dcn_kernels.op import Op, Params, Sizes, call
+from dcn_kernels.dispatch import shapes
+from dcn_kernels.dispatch.call import call
+from dcn_kernels.dispatch.row import Op, Params, Sizes
+from dcn_kernels.ops.samples import draw as samples
 
 MODES = ("max", "avg")
 CONVENTIONS = ("rfcn", "torchvision")

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dcn_kernels.dtypes import accumulator
 from dcn_kernels.reference.roi_pool import (
     align_grid,
     points,
@@ -23,7 +24,6 @@ from dcn_kernels.reference.roi_pool import (
     written,
 )
 from dcn_kernels.reference.sampling import Corners, corners, gradient, sample, scatter
-from dcn_kernels.shapes import accumulator
 
 
 class Bin(NamedTuple):

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from dcn_kernels.dtypes import accumulator
 from dcn_kernels.reference.sampling import Corners, corners, gradient, sample, scatter
-from dcn_kernels.shapes import accumulator
 
 
 def offset_sample2d(

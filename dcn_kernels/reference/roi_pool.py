@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dcn_kernels.dispatch.shapes import check_argmax
+from dcn_kernels.dtypes import accumulator
 from dcn_kernels.reference.sampling import Corners, corners, sample, scatter
-from dcn_kernels.shapes import accumulator, check_argmax
 
 FAR = 2.0**100  # pixels: coordinates beyond it are cut to it, so that sizes and bins stay finite
 

@@ -1,6 +1,6 @@
 """Every operator as a differentiable torch function, and the layers made of them: `import dcn_kernels.torch`.
 
-The functions are made from the registry in `dcn_kernels.torch_ops` and take what the plain functions take, but for
+The functions are made from the registry in `dcn_kernels.torch.ops` and take what the plain functions take, but for
 `out` and `backend`.
 
 Examples
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dcn_kernels.torch_ops import FUNCTIONS, rois_of
+from dcn_kernels.torch.ops import FUNCTIONS, rois_of
 
 deform_conv2d = FUNCTIONS["deform_conv2d"]
 offset_sample2d = FUNCTIONS["offset_sample2d"]
@@ -275,7 +275,7 @@ class _RoILayer(nn.Module):
 
 
 class RoIPool(_RoILayer):
-    """`dcn_kernels.roi_pool`, maximum or mean. `rois`: (R, 5), or a list of (R_n, 4), one per image.
+    """`dcn_kernels.ops.roi_pool`, maximum or mean. `rois`: (R, 5), or a list of (R_n, 4), one per image.
 
     Examples
     --------
@@ -354,7 +354,7 @@ class PSRoIAlign(_RoILayer):
 
 
 class DeformRoIPool(_RoILayer):
-    """`dcn_kernels.deform_roi_pool` with offsets from outside.
+    """`dcn_kernels.ops.deform_roi_pool` with offsets from outside.
 
     Examples
     --------

@@ -18,17 +18,19 @@ import torch
 from torch.autograd import forward_ad
 
 import dcn_kernels
-from dcn_kernels import shapes
-from dcn_kernels.op import Op, Params, call
+from dcn_kernels import dtypes
+from dcn_kernels.dispatch import shapes
+from dcn_kernels.dispatch.call import call
+from dcn_kernels.dispatch.row import Op, Params
 
 NAMESPACE = "dcn_kernels"
 # What only the plain functions take: results are made by the operator, and torch knows the device.
 PLAIN_ONLY = ("out", "backend", "return_argmax")
 DTYPES = {
-    torch.float16: shapes.DTYPES["float16"],
-    torch.bfloat16: shapes.DTYPES["bfloat16"],
-    torch.float32: shapes.DTYPES["float32"],
-    torch.float64: shapes.DTYPES["float64"],
+    torch.float16: dtypes.DTYPES["float16"],
+    torch.bfloat16: dtypes.DTYPES["bfloat16"],
+    torch.float32: dtypes.DTYPES["float32"],
+    torch.float64: dtypes.DTYPES["float64"],
 }
 HALVES = (torch.float16, torch.bfloat16)
 PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -100,7 +102,7 @@ def _describe(op: Op, arrays: dict[str, torch.Tensor | None]) -> dict[str, Descr
     for name, tensor in arrays.items():
         if tensor is not None:
             if tensor.dtype not in DTYPES:
-                raise TypeError(f"{op.name}: {name}: expected dtype {', '.join(shapes.DTYPES)}, got {tensor.dtype}")
+                raise TypeError(f"{op.name}: {name}: expected dtype {', '.join(dtypes.DTYPES)}, got {tensor.dtype}")
             known[name] = Described(tuple(tensor.shape), DTYPES[tensor.dtype])
     return known
 

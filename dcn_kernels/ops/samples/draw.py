@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from dcn_kernels.op import Sample
+    from dcn_kernels.dispatch.row import Sample
 
 # name, (N, C, H, W), O, (KH, KW), groups, offset groups, stride, padding, dilation, border, mask, bias, reach
 _DEFORM_CONV2D = (
@@ -46,7 +46,7 @@ def _values(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
 
 def deform_conv2d(seed: int) -> list[Sample]:
     """Every option of deform_conv2d in small float64 cases."""
-    from dcn_kernels.op import Sample
+    from dcn_kernels.dispatch.row import Sample
 
     rng, cases = np.random.default_rng(seed), []
     for name, size, O, kernel, groups, OG, stride, padding, dilation, border, mask, bias, reach in _DEFORM_CONV2D:
@@ -106,7 +106,7 @@ def _deform_conv2d_arrays(
 
 def offset_sample2d(seed: int) -> list[Sample]:
     """Every option of offset_sample2d in small float64 cases."""
-    from dcn_kernels.op import Sample
+    from dcn_kernels.dispatch.row import Sample
 
     rng, cases = np.random.default_rng(seed), []
     for name, (N, C, H, W), OG, border, reach in _OFFSET_SAMPLE2D:
@@ -140,7 +140,7 @@ def slopes_on_lines(image: np.ndarray, border: str, y: np.ndarray, x: np.ndarray
 
 def deform_conv2d_kinks(seed: int) -> list[Sample]:
     """One channel through weights of 1, every tap on a pixel line: offset 0 with padding 1, and whole offsets."""
-    from dcn_kernels.op import Sample
+    from dcn_kernels.dispatch.row import Sample
 
     rng, cases = np.random.default_rng(seed), []
     H, W = 4, 5
@@ -163,7 +163,7 @@ def deform_conv2d_kinks(seed: int) -> list[Sample]:
 
 def offset_sample2d_kinks(seed: int) -> list[Sample]:
     """One channel, every position on a pixel line."""
-    from dcn_kernels.op import Sample
+    from dcn_kernels.dispatch.row import Sample
 
     rng, cases = np.random.default_rng(seed), []
     for border in ("zeros", "msra", "edge"):
@@ -183,7 +183,7 @@ def deform_conv2d_part(sample: Sample, count: int, seed: int) -> tuple[Sample, d
     Its result is ``output[index["output"]]``; where grad_output is 0 elsewhere, the whole's gradient of an argument is
     this call's at ``index[argument]`` and 0 elsewhere, and equal to it where `index` does not name the argument.
     """
-    from dcn_kernels.op import Sample
+    from dcn_kernels.dispatch.row import Sample
 
     rng, offset = np.random.default_rng(seed), sample.arrays["offset"]
     N, _, OH, OW = offset.shape
@@ -226,7 +226,7 @@ def deform_conv2d_layer(
     layer: dict[str, Any], *, offsets: str = "random", spread: float = 2.0, seed: int = 0
 ) -> Sample:
     """Inputs of a layer: sizes N C H W O, kernel, stride, padding, dilation, groups, offset_groups."""
-    from dcn_kernels.op import Sample
+    from dcn_kernels.dispatch.row import Sample
 
     rng = np.random.default_rng(seed)
     arrays, params = _deform_conv2d_arrays(
@@ -248,7 +248,7 @@ def offset_sample2d_layer(
     layer: dict[str, Any], *, offsets: str = "random", spread: float = 2.0, seed: int = 0
 ) -> Sample:
     """Inputs of a layer: sizes N C H W, offset_groups."""
-    from dcn_kernels.op import Sample
+    from dcn_kernels.dispatch.row import Sample
 
     rng = np.random.default_rng(seed)
     N, C, H, W = (layer[letter] for letter in "NCHW")
@@ -302,7 +302,7 @@ def _shifts(rng: np.random.Generator, shape: tuple[int, ...], reach: np.ndarray,
 
 def roi_pool(seed: int) -> list[Sample]:
     """Both modes of roi_pool."""
-    from dcn_kernels.op import Sample
+    from dcn_kernels.dispatch.row import Sample
 
     rng, cases = np.random.default_rng(seed), []
     for mode, C, output_size in (("max", 2, (3, 2)), ("avg", 3, (2, 3)), ("max", 3, (1, 1)), ("avg", 1, (4, 4))):
@@ -322,7 +322,7 @@ def _roi_params(output_size: tuple[int, int], spatial_scale: float = _SCALE, **m
 
 def ps_roi_pool(seed: int) -> list[Sample]:
     """Both conventions of ps_roi_pool, with groups of every kind."""
-    from dcn_kernels.op import Sample
+    from dcn_kernels.dispatch.row import Sample
 
     rng, cases = np.random.default_rng(seed), []
     for convention, C, output_size, group_size in (
@@ -342,7 +342,7 @@ def ps_roi_pool(seed: int) -> list[Sample]:
 
 def roi_align(seed: int) -> list[Sample]:
     """roi_align with and without half a pixel's shift, with grids that are given and that follow the RoI."""
-    from dcn_kernels.op import Sample
+    from dcn_kernels.dispatch.row import Sample
 
     rng, cases = np.random.default_rng(seed), []
     for aligned, ratio, C, output_size in ((True, 2, 3, (2, 2)), (False, -1, 2, (3, 2)), (True, 0, 17, (1, 2))):
@@ -355,7 +355,7 @@ def roi_align(seed: int) -> list[Sample]:
 
 def ps_roi_align(seed: int) -> list[Sample]:
     """ps_roi_align with a given grid and with one that follows the RoI."""
-    from dcn_kernels.op import Sample
+    from dcn_kernels.dispatch.row import Sample
 
     rng, cases = np.random.default_rng(seed), []
     for ratio, C, output_size in ((2, 12, (3, 2)), (-1, 8, (2, 2))):
@@ -367,7 +367,7 @@ def ps_roi_align(seed: int) -> list[Sample]:
 
 def deform_roi_pool(seed: int) -> list[Sample]:
     """Every convention of deform_roi_pool, with and without offsets and masks."""
-    from dcn_kernels.op import Sample
+    from dcn_kernels.dispatch.row import Sample
 
     rng, cases = np.random.default_rng(seed), []
     for convention, ratio, C, (PH, PW), gamma, offset, mask in (
@@ -399,7 +399,7 @@ def deform_roi_pool(seed: int) -> list[Sample]:
 
 def deform_ps_roi_pool(seed: int) -> list[Sample]:
     """deform_ps_roi_pool with classes, parts and groups of every kind."""
-    from dcn_kernels.op import Sample
+    from dcn_kernels.dispatch.row import Sample
 
     rng, cases = np.random.default_rng(seed), []
     for C, P, group_size, part_size, per_part, classes in (
@@ -424,7 +424,7 @@ def deform_ps_roi_pool(seed: int) -> list[Sample]:
 
 def roi_pool_kinks(seed: int) -> list[Sample]:
     """Maps of few values: of equal maxima the first in row-major order gets the gradient."""
-    from dcn_kernels.op import Sample
+    from dcn_kernels.dispatch.row import Sample
 
     rng = np.random.default_rng(seed)
     image = rng.integers(0, 2, (1, 1, 6, 7)).astype(float)
@@ -444,7 +444,7 @@ def roi_pool_kinks(seed: int) -> list[Sample]:
 
 def deform_roi_pool_kinks(seed: int) -> list[Sample]:
     """Offset 0 and samples on pixel lines: right-hand slopes of the border rule, 0 beyond it."""
-    from dcn_kernels.op import Sample
+    from dcn_kernels.dispatch.row import Sample
 
     rng, cases = np.random.default_rng(seed), []
     image = _values(rng, (1, 1, 5, 6))
@@ -463,7 +463,7 @@ def deform_roi_pool_kinks(seed: int) -> list[Sample]:
 
 def deform_ps_roi_pool_kinks(seed: int) -> list[Sample]:
     """One sample a RoI, on a pixel line or clipped to the map along one axis: 0 along that axis."""
-    from dcn_kernels.op import Sample
+    from dcn_kernels.dispatch.row import Sample
 
     rng = np.random.default_rng(seed)
     image = _values(rng, (1, 1, 6, 7))
@@ -499,7 +499,7 @@ def _roi_layer(layer: dict[str, Any], seed: int) -> tuple[np.random.Generator, d
 
 def roi_layer(layer: dict[str, Any], *, offsets: str = "random", spread: float = 1.0, seed: int = 0) -> Sample:
     """Inputs of a layer of an operator without offsets; its other parameters are in layer["params"]."""
-    from dcn_kernels.op import Sample
+    from dcn_kernels.dispatch.row import Sample
 
     arrays = _roi_layer(layer, seed)[1]
     return Sample(arrays, _roi_params(layer["output_size"], layer["spatial_scale"], **layer["params"]), offsets)
@@ -507,7 +507,7 @@ def roi_layer(layer: dict[str, Any], *, offsets: str = "random", spread: float =
 
 def deform_roi_layer(layer: dict[str, Any], *, offsets: str = "random", spread: float = 1.0, seed: int = 0) -> Sample:
     """Inputs of a layer of deform_roi_pool (offset) or deform_ps_roi_pool (trans, of layer["classes"])."""
-    from dcn_kernels.op import Sample
+    from dcn_kernels.dispatch.row import Sample
 
     rng, arrays = _roi_layer(layer, seed)
     shape = (layer["R"], 2 * layer["classes"], *layer["output_size"])
