@@ -109,7 +109,7 @@ def profile(
       dcn-bench profile --against torchvision=/path/to/venv/bin/python --against torch=/path/to/venv/bin/python
       dcn-bench profile --filter '^resnet' --csv --no-save > rows.csv
     """
-    from dcn_kernels.bench import layers, profiling, record
+    from dcn_kernels.bench import inputs, layers, profiling, record, spot_checks
     from dcn_kernels.environment import available, blas, why_not
 
     chosen = _chosen_layers(names, pattern, shape, toml, ops)
@@ -129,7 +129,7 @@ def profile(
             console.fail(f"backend {backend} is not available: {reason}", console.UNAVAILABLE)
     for layer_name, layer in chosen.items():
         try:
-            profiling.make_inputs(layers.cut(layer, channels=False), "zero", "float32", seed)
+            inputs.make_inputs(layers.cut(layer, channels=False), "zero", "float32", seed)
         except ValueError as error:
             console.fail(f"layer {layer_name}: {error}")
     rows: list[dict[str, Any]] = []
@@ -148,7 +148,7 @@ def profile(
     try:
         for count in threads or (None,):
             settings = profiling.Settings(
-                directions or profiling.DIRECTIONS, dtypes or ("float32",), backends, offsets or ("smooth", "random"),
+                directions or inputs.DIRECTIONS, dtypes or ("float32",), backends, offsets or ("smooth", "random"),
                 count, seed, budget, reuse,
             )  # fmt: skip
             with console.progress("profile") as report, _running(peers, count, versions) as running:
@@ -156,7 +156,7 @@ def profile(
                     rows.append(row)
     except KeyboardInterrupt:
         interrupted = True
-    except profiling.Mismatch as error:
+    except spot_checks.Mismatch as error:
         failure = f"wrong result, not timed: {error}"
     except MemoryError as error:
         failure = f"a layer does not fit into memory: {error}"

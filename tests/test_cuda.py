@@ -11,7 +11,7 @@ import pytest
 from cuda_host import primitives, small_calls
 
 from dcn_kernels import OPS, deform_conv2d, deform_conv2d_backward, offset_sample2d_backward
-from dcn_kernels.check.gradients import relative_error, tolerance
+from dcn_kernels.check.calls import relative_error, tolerance
 from dcn_kernels.cuda import compile
 from dcn_kernels.cuda.device import current
 from dcn_kernels.dispatch import arrays as _arrays

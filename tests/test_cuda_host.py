@@ -30,7 +30,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dcn_kernels
-from dcn_kernels.check.gradients import output_shape, reduction_length, relative_error, tolerance
+from dcn_kernels.check.calls import output_shape, reduction_length, relative_error, tolerance
 from dcn_kernels.cuda import compile, deform_conv
 from dcn_kernels.dispatch import arrays as _arrays
 from dcn_kernels.dispatch.row import Op, Sample

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dcn_kernels import OPS
-from dcn_kernels.check.gradients import output_shape, reduction_length, relative_error, tolerance
+from dcn_kernels.check.calls import output_shape, reduction_length, relative_error, tolerance
 from dcn_kernels.cuda import deform_roi_pool, roi_pool
 from dcn_kernels.dispatch.row import Op, Sample
 from dcn_kernels.dtypes import DTYPES, accumulator

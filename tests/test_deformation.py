@@ -22,7 +22,7 @@ from dcn_kernels import (
     sampling_points,
     stacked_sampling_points,
 )
-from dcn_kernels.check.gradients import to_backend, to_numpy
+from dcn_kernels.check.calls import to_backend, to_numpy
 from dcn_kernels.environment import why_not
 
 DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]

@@ -9,7 +9,7 @@ import pytest
 from conftest import Backend
 
 import dcn_kernels
-from dcn_kernels.check.gradients import output_shape, to_backend
+from dcn_kernels.check.calls import output_shape, to_backend
 from dcn_kernels.dispatch.row import Op, Sample
 from dcn_kernels.ops.deform_conv import DEFORM_CONV2D
 from dcn_kernels.ops.offset_sample import OFFSET_SAMPLE2D

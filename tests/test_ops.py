@@ -14,10 +14,8 @@ import pytest
 from conftest import Backend, assert_close, cases, cast, first_cases
 
 import dcn_kernels
-from dcn_kernels.check.gradients import (
+from dcn_kernels.check.calls import (
     BACKENDS,
-    Case,
-    findings,
     output_shape,
     reduction_length,
     relative_error,
@@ -25,6 +23,7 @@ from dcn_kernels.check.gradients import (
     to_numpy,
     tolerance,
 )
+from dcn_kernels.check.gradients import Case, findings
 from dcn_kernels.dispatch.call import function
 from dcn_kernels.dispatch.row import Op, Sample
 from dcn_kernels.dtypes import DTYPES, HALVES

@@ -10,7 +10,7 @@ from conftest import RUNNING, Backend, assert_close
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dcn_kernels.check.gradients import output_shape, reduction_length
+from dcn_kernels.check.calls import output_shape, reduction_length
 from dcn_kernels.dispatch.row import Op, Sample
 from dcn_kernels.dtypes import DTYPES
 from dcn_kernels.ops.deform_conv import BORDERS, DEFORM_CONV2D

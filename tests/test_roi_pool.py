@@ -12,7 +12,7 @@ import pytest
 from conftest import Backend
 
 from dcn_kernels import OPS, roi_align, roi_pool, roi_pool_backward
-from dcn_kernels.check.gradients import to_backend, to_numpy
+from dcn_kernels.check.calls import to_backend, to_numpy
 from dcn_kernels.dispatch.row import Op
 from dcn_kernels.ops.roi_pool import PS_ROI_ALIGN, PS_ROI_POOL, ROI_ALIGN, ROI_POOL
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from dcn_kernels.bench import ceiling, layers
+from dcn_kernels.bench import ceiling, clocks, layers, spot_checks
+from dcn_kernels.bench.inputs import make_inputs, runner
 
 # shared: in both variants; plain: only there; deformable: in place of the plain one; offsets: what makes the offsets
 PARTS = ("shared", "plain", "deformable", "offsets")
@@ -274,7 +275,7 @@ def measure(
     -------
     list of Measured, in the order of the layers
     """
-    from dcn_kernels.bench import profiling
+    from dcn_kernels.bench import clocks
 
     todo = list(chosen)
     products = sorted({layer.product for layer in todo if layer.product})
@@ -287,7 +288,7 @@ def measure(
         done += 1
 
     called, temporary = {}, {}
-    with profiling.threads_set(threads) as used:
+    with clocks.threads_set(threads) as used:
         step("matrix products")
         times = _products(products, backend, used)
         for product in products:
@@ -319,7 +320,7 @@ def _products(shapes: list[tuple[int, int, int]], backend: str, threads: int) ->
         return list(ceiling.measure(threads, "float32", tuple((1, *shape) for shape in shapes))["products_ms"])
     import cupy
 
-    from dcn_kernels.bench.profiling import CudaClock
+    from dcn_kernels.bench.clocks import CudaClock
 
     ticks, times = CudaClock(), []
     for m, k, n in shapes:
@@ -332,11 +333,10 @@ def _products(shapes: list[tuple[int, int, int]], backend: str, threads: int) ->
 
 def _call(layer: layers.Layer, backend: str, budget: float) -> Measured:
     """The fastest of some calls, as of the products; checked against the reference on a small case first."""
-    from dcn_kernels.bench import profiling
 
-    profiling.check_small(layer, "smooth", "float32", backend, 0, ("forward",))
-    inputs = profiling.make_inputs(layer, "smooth", "float32", 0)
-    run, ticks = profiling.runner(inputs, "forward", backend), profiling.clock(backend)
+    spot_checks.check_small(layer, "smooth", "float32", backend, 0, ("forward",))
+    inputs = make_inputs(layer, "smooth", "float32", 0)
+    run, ticks = runner(inputs, "forward", backend), clocks.clock(backend)
     temporary = ticks.temporary_bytes(run)
     ticks.milliseconds(run)
     samples: list[float] = []

@@ -486,7 +486,7 @@ def mxnet_peer(op, direction, arrays, params, dtype):
 
 
 def milliseconds(prepare, run):
-    """Of `run`, after `prepare`. On a GPU as profiling.CudaClock times ours: its own time between two events, with
+    """Of `run`, after `prepare`. On a GPU as clocks.CudaClock times ours: its own time between two events, with
     work ahead of them that takes longer than the launches, so that it waits for none."""
     if DEVICE == "cuda":
         import torch

@@ -12,12 +12,11 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from dcn_kernels.bench.profiling import Inputs
+from dcn_kernels.bench.inputs import Inputs
 
 WORKER = Path(__file__).with_name("peer_worker.py")
 _PATIENCE = 300.0  # seconds that one answer may take

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dcn_kernels.deformation.sampling_points import effective_dilation, outside, stacked_sampling_points
-from dcn_kernels.ops.samples import draw as samples
+from dcn_kernels.ops.samples.draw import layer_offsets
 
 # One hue, lighter and smaller downwards, and its opposite for the centre: told apart also by the colour-blind
 _SHADES, _CENTRE = ("#08306B", "#155FA8", "#2B8CDB", "#6FBDF2"), "#F05A00"
@@ -36,7 +36,7 @@ def demo(seed: int = 0) -> tuple[np.ndarray, list[dict[str, Any]], list[tuple[in
     taps = np.stack(np.meshgrid([-2, 0, 2], [-2, 0, 2], indexing="ij"), axis=-1).reshape(18, 1, 1)
     layers = []
     for _ in range(3):
-        noise = samples.layer_offsets(rng, (1, 18, OH, OW), "smooth", 0.35)
+        noise = layer_offsets(rng, (1, 18, OH, OW), "smooth", 0.35)
         layers.append(
             {"offset": taps * (stretch - 1) + noise, "kernel_size": 3, "stride": 1, "padding": 2, "dilation": 2}
         )

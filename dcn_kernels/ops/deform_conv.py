@@ -11,7 +11,7 @@ from dcn_kernels.dispatch import shapes
 from dcn_kernels.dispatch.arrays import taken_in
 from dcn_kernels.dispatch.call import call
 from dcn_kernels.dispatch.row import Op, Params, Sizes
-from dcn_kernels.ops.samples import draw as samples
+from dcn_kernels.ops.samples import deform_conv as samples
 
 BORDERS = ("zeros", "msra", "edge")
 PRECISIONS = ("float32", "ieee", "tf32")

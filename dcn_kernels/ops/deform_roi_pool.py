@@ -9,7 +9,7 @@ from dcn_kernels.dispatch import shapes
 from dcn_kernels.dispatch.call import call
 from dcn_kernels.dispatch.row import Op, Params, Sizes
 from dcn_kernels.ops.roi_pool import POOLED, group, roi_bytes, roi_flops, roi_parameters, score_maps
-from dcn_kernels.ops.samples import draw as samples
+from dcn_kernels.ops.samples import deform_roi_pool as samples
 
 CONVENTIONS = ("paper", "rfcn", "mmcv")
 

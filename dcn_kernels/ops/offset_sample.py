@@ -9,7 +9,7 @@ from dcn_kernels.dispatch import shapes
 from dcn_kernels.dispatch.call import call
 from dcn_kernels.dispatch.row import Op, Params, Sizes
 from dcn_kernels.ops.deform_conv import BORDERS
-from dcn_kernels.ops.samples import draw as samples
+from dcn_kernels.ops.samples import offset_sample as samples
 
 
 def offset_sample2d(

@@ -8,7 +8,7 @@ from typing import Any
 from dcn_kernels.dispatch import shapes
 from dcn_kernels.dispatch.call import call
 from dcn_kernels.dispatch.row import Op, Params, Sizes
-from dcn_kernels.ops.samples import draw as samples
+from dcn_kernels.ops.samples import roi_pool as samples
 
 MODES = ("max", "avg")
 CONVENTIONS = ("rfcn", "torchvision")

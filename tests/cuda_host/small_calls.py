@@ -8,7 +8,7 @@ import numpy as np
 from conftest import Backend, assert_close, cast
 
 import dcn_kernels
-from dcn_kernels.check.gradients import output_shape, reduction_length
+from dcn_kernels.check.calls import output_shape, reduction_length
 from dcn_kernels.cuda import compile
 from dcn_kernels.dtypes import DTYPES
 
