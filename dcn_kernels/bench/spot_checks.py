@@ -14,7 +14,7 @@ import numpy as np
 from dcn_kernels.bench import layers
 from dcn_kernels.bench.inputs import DIRECTIONS, Inputs, make_inputs
 from dcn_kernels.check import calls
-from dcn_kernels.dispatch.call import function
+from dcn_kernels.dispatch.call import function, parameters_for
 from dcn_kernels.dispatch.row import Op, Sample
 from dcn_kernels.dtypes import accumulator
 
@@ -79,7 +79,8 @@ def _compare(inputs: Inputs, part: Sample, index: dict[str, Any], backend: str, 
     rounding = float(np.finfo(wide).eps) * max(inputs.sizes.get(letter, 1) for letter in ("H", "W"))
     here = index.get("output", (...,))
     # the function itself: a part is no call that the shape checks know
-    want = calls.to_numpy(function(op, "forward", "reference")(**exact, **params, out=None))
+    given = parameters_for(op, "forward", "reference", params)
+    want = calls.to_numpy(function(op, "forward", "reference")(**exact, **given, out=None))
     if "forward" in directions:
         got = calls.forward(op, inputs.sample, backend)[here]
         length = calls.reduction_length(op, inputs.sizes, "forward", int(np.prod(inputs.shape)))
@@ -90,7 +91,8 @@ def _compare(inputs: Inputs, part: Sample, index: dict[str, Any], backend: str, 
         sparse[here] = inputs.grad_output[here]
         got_all = calls.backward(op, inputs.sample, backend, sparse)
         grad_output = inputs.grad_output[here].astype(wide).reshape(want.shape)
-        want_all = function(op, "backward", "reference")(grad_output=grad_output, **exact, **params, wrt=names)
+        given = parameters_for(op, "backward", "reference", params)
+        want_all = function(op, "backward", "reference")(grad_output=grad_output, **exact, **given, wrt=names)
         for name in names:
             got, want = got_all[name], want_all[name]
             if name in index:

@@ -24,7 +24,6 @@ def deform_roi_pool(
     sampling_ratio: int,
     convention: str,
     out: np.ndarray | None = None,
-    **_: Any,
 ) -> np.ndarray:
     """Returns (R, C, PH, PW)."""
     options = _options(output_size, spatial_scale, gamma, sampling_ratio, convention)
@@ -44,7 +43,6 @@ def deform_roi_pool_backward(
     sampling_ratio: int,
     convention: str,
     wrt: tuple[str, ...],
-    **_: Any,
 ) -> dict[str, np.ndarray]:
     """Returns argument name -> gradient."""
     options = _options(output_size, spatial_scale, gamma, sampling_ratio, convention)
@@ -76,7 +74,6 @@ def deform_ps_roi_pool(
     sample_per_part: int,
     trans_std: float,
     out: np.ndarray | None = None,
-    **_: Any,
 ) -> np.ndarray:
     """Returns (R, C/(G*G), PH, PW)."""
     options = _ps_options(output_size, spatial_scale, group_size, part_size, sample_per_part, trans_std)
@@ -96,7 +93,6 @@ def deform_ps_roi_pool_backward(
     sample_per_part: int,
     trans_std: float,
     wrt: tuple[str, ...],
-    **_: Any,
 ) -> dict[str, np.ndarray]:
     """Returns argument name -> gradient."""
     options = _ps_options(output_size, spatial_scale, group_size, part_size, sample_per_part, trans_std)

@@ -308,7 +308,6 @@ def roi_pool(
     mode: str,
     return_argmax: bool = False,
     out: np.ndarray | None = None,
-    **_: Any,
 ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
     """Returns (R, C, PH, PW), and the argmax."""
     if mode == "avg":
@@ -349,7 +348,6 @@ def roi_pool_backward(
     spatial_scale: float,
     mode: str,
     wrt: tuple[str, ...],
-    **_: Any,
 ) -> dict[str, np.ndarray]:
     """Returns argument name -> gradient."""
     if mode == "avg":
@@ -395,7 +393,6 @@ def ps_roi_pool(
     group_size: tuple[int, int],
     convention: str,
     out: np.ndarray | None = None,
-    **_: Any,
 ) -> np.ndarray:
     """Returns (R, C/(G*G), PH, PW)."""
     if out is None:
@@ -425,7 +422,6 @@ def ps_roi_pool_backward(
     group_size: tuple[int, int],
     convention: str,
     wrt: tuple[str, ...],
-    **_: Any,
 ) -> dict[str, np.ndarray]:
     """Returns argument name -> gradient."""
     grad_input = np.zeros(input.shape, input.dtype)
@@ -458,7 +454,6 @@ def roi_align(
     sampling_ratio: int,
     aligned: bool,
     out: np.ndarray | None = None,
-    **_: Any,
 ) -> np.ndarray:
     """Returns (R, C, PH, PW)."""
     return mean(input, rois, out=out, **_align(output_size, spatial_scale, sampling_ratio, aligned=aligned))
@@ -474,7 +469,6 @@ def roi_align_backward(
     sampling_ratio: int,
     aligned: bool,
     wrt: tuple[str, ...],
-    **_: Any,
 ) -> dict[str, np.ndarray]:
     """Returns argument name -> gradient."""
     options = _align(output_size, spatial_scale, sampling_ratio, aligned=aligned)
@@ -489,7 +483,6 @@ def ps_roi_align(
     spatial_scale: float,
     sampling_ratio: int,
     out: np.ndarray | None = None,
-    **_: Any,
 ) -> np.ndarray:
     """Returns (R, C/(PH*PW), PH, PW)."""
     options = _align(output_size, spatial_scale, sampling_ratio, aligned=True)
@@ -505,7 +498,6 @@ def ps_roi_align_backward(
     spatial_scale: float,
     sampling_ratio: int,
     wrt: tuple[str, ...],
-    **_: Any,
 ) -> dict[str, np.ndarray]:
     """Returns argument name -> gradient."""
     options = _align(output_size, spatial_scale, sampling_ratio, aligned=True)

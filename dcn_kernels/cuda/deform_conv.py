@@ -43,7 +43,6 @@ def deform_conv2d(
     dilation: tuple[int, int],
     border: str,
     precision: str,
-    deterministic: bool = False,  # the forward always is
     workspace_bytes: int | None,
     out: Any = None,
     device: Device | None = None,

@@ -30,7 +30,6 @@ def deform_roi_pool(
     out: Any = None,
     workspace_bytes: int = DEFAULT_WORKSPACE,
     device: Device | None = None,
-    **_: Any,
 ) -> Any:
     """Returns (R, C, PH, PW)."""
     device = device or _device.current()
@@ -56,7 +55,6 @@ def deform_roi_pool_backward(
     wrt: tuple[str, ...],
     workspace_bytes: int = DEFAULT_WORKSPACE,
     device: Device | None = None,
-    **_: Any,
 ) -> dict[str, Any]:
     """Returns argument name -> gradient."""
     device = device or _device.current()
@@ -83,7 +81,6 @@ def deform_ps_roi_pool(
     out: Any = None,
     workspace_bytes: int = DEFAULT_WORKSPACE,
     device: Device | None = None,
-    **_: Any,
 ) -> Any:
     """Returns (R, C/(G*G), PH, PW)."""
     device = device or _device.current()
@@ -108,7 +105,6 @@ def deform_ps_roi_pool_backward(
     wrt: tuple[str, ...],
     workspace_bytes: int = DEFAULT_WORKSPACE,
     device: Device | None = None,
-    **_: Any,
 ) -> dict[str, Any]:
     """Returns argument name -> gradient."""
     device = device or _device.current()

@@ -26,7 +26,6 @@ def offset_sample2d(
     border: str,
     out: Any = None,
     device: Device | None = None,
-    **_: Any,
 ) -> Any:
     """Returns (N, C, H, W)."""
     device = device or _device.current()

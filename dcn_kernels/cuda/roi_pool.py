@@ -29,7 +29,6 @@ def roi_pool(
     out: Any = None,
     workspace_bytes: int = DEFAULT_WORKSPACE,
     device: Device | None = None,
-    **_: Any,
 ) -> Any:
     """Returns (R, C, PH, PW), and the argmax."""
     device = device or _device.current()
@@ -120,7 +119,6 @@ def ps_roi_pool(
     out: Any = None,
     workspace_bytes: int = DEFAULT_WORKSPACE,
     device: Device | None = None,
-    **_: Any,
 ) -> Any:
     """Returns (R, C/(G*G), PH, PW)."""
     device = device or _device.current()
@@ -141,7 +139,6 @@ def ps_roi_pool_backward(
     wrt: tuple[str, ...],
     workspace_bytes: int = DEFAULT_WORKSPACE,
     device: Device | None = None,
-    **_: Any,
 ) -> dict[str, Any]:
     """Returns argument name -> gradient."""
     device = device or _device.current()
@@ -160,7 +157,6 @@ def roi_align(
     out: Any = None,
     workspace_bytes: int = DEFAULT_WORKSPACE,
     device: Device | None = None,
-    **_: Any,
 ) -> Any:
     """Returns (R, C, PH, PW)."""
     device = device or _device.current()
@@ -181,7 +177,6 @@ def roi_align_backward(
     wrt: tuple[str, ...],
     workspace_bytes: int = DEFAULT_WORKSPACE,
     device: Device | None = None,
-    **_: Any,
 ) -> dict[str, Any]:
     """Returns argument name -> gradient."""
     device = device or _device.current()
@@ -199,7 +194,6 @@ def ps_roi_align(
     out: Any = None,
     workspace_bytes: int = DEFAULT_WORKSPACE,
     device: Device | None = None,
-    **_: Any,
 ) -> Any:
     """Returns (R, C/(PH*PW), PH, PW)."""
     device = device or _device.current()
@@ -219,7 +213,6 @@ def ps_roi_align_backward(
     wrt: tuple[str, ...],
     workspace_bytes: int = DEFAULT_WORKSPACE,
     device: Device | None = None,
-    **_: Any,
 ) -> dict[str, Any]:
     """Returns argument name -> gradient."""
     device = device or _device.current()

@@ -11,13 +11,25 @@ from typing import Any
 
 from dcn_kernels.dispatch import arrays as _arrays
 from dcn_kernels.dispatch import shapes
-from dcn_kernels.dispatch.row import Op, Params
+from dcn_kernels.dispatch.row import Op, Params, Sizes
 
 
 def function(op: Op, direction: str, backend: str) -> Callable[..., Any]:
     """The function of one cell of the table: looked up at each call, so a replaced one is the one that runs."""
     name = op.name if direction == "forward" else f"{op.name}_backward"
     return getattr(import_module(f"dcn_kernels.{backend}.{op.module}"), name)
+
+
+def parameters_for(op: Op, direction: str, backend: str, params: Params) -> Params:
+    """The parameters that a backend's function takes: what concerns a GPU alone is left out for the others."""
+    gpu = backend not in ("reference", "cpu")
+    return {name: v for name, v in params.items() if name not in op.gpu or (gpu and direction in op.gpu[name])}
+
+
+def check_values(op: Op, backend: str, arrays: dict[str, Any], sizes: Sizes, params: Params) -> None:
+    """The row's checks of values; on a GPU only where they were asked for, as reading an array back would wait."""
+    if op.check_values is not None and (backend != "cuda" or params.get("validate")):
+        op.check_values(op.name, arrays, sizes)
 
 
 def call(
@@ -60,10 +72,10 @@ def call(
     with _arrays.taken_in(op.name, given, out, backend) as taken:
         shapes.check_dtypes(op, taken.arrays)
         sizes = shapes.bind(op, taken.arrays, params)
-        if "rois" in op.arrays and (taken.backend != "cuda" or params["validate"]):  # on a GPU reading them would wait
-            shapes.check_rois(op.name, taken.arrays["rois"], sizes["N"])
+        check_values(op, taken.backend, taken.arrays, sizes, params)
         target = shapes.check_out(op, taken.out, taken.arrays, sizes) if direction == "forward" else None
         run = function(op, direction, taken.backend)
+        params = parameters_for(op, direction, taken.backend, params)
         inputs = {name: taken.arrays.get(name) for name in arrays}
         if direction == "forward":
             return taken.give(run(**inputs, **params, out=target), out)

@@ -41,10 +41,17 @@ class Op:
     bytes: Callable[[Sizes, str, int], float]  # (sizes, direction, itemsize) -> compulsory traffic
     scatters: bool = True  # the backward adds into shared elements, so `deterministic` matters
     zero_sizes: tuple[str, ...] = field(default=("N", "R"))  # sizes that may be 0
-    saved: dict[str, str] = field(default_factory=dict)  # int64 arrays of the forward that the backward may take
+    saved: dict[str, str] = field(default_factory=dict)  # int64 arrays that the forward gives with return_<name>=True
+    gpu: dict[str, tuple[str, ...]] = field(default_factory=dict)  # what only a GPU takes -> directions that take it
+    check_values: Callable[[str, dict[str, Any], Sizes], None] | None = None  # on a GPU with validate=True alone
 
     kinks: Callable[[int], list[Sample]] | None = None  # seed -> cases on the kinks, with the documented gradients
     part: Callable[[Sample, int, int], tuple[Sample, dict[str, Any]]] | None = None  # some elements of a layer, alone
 
     def __repr__(self) -> str:
         return f"Op({self.name!r})"
+
+    @property
+    def plain_only(self) -> tuple[str, ...]:
+        """What the adapters of frameworks leave out: they make the results, and know the device."""
+        return ("out", "backend", *(f"return_{name}" for name in self.saved))

@@ -269,8 +269,9 @@ def _derive(op: Op, sizes: Sizes, params: Params) -> None:
 # ---------------------------------------------------------------- values
 
 
-def check_rois(op: str, rois: Any, images: int) -> None:
+def check_rois(op: str, arrays: dict[str, Any], sizes: Sizes) -> None:
     """Every RoI is finite, and its batch index a whole number of an image."""
+    rois, images = arrays["rois"], sizes["N"]
     values = (rois.get() if hasattr(rois, "get") else rois).astype(np.float64)
     finite = np.isfinite(values).all(axis=1)
     if not finite.all():

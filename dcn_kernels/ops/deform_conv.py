@@ -326,4 +326,9 @@ DEFORM_CONV2D = Op(
     part=samples.deform_conv2d_part,
     flops=_flops,
     bytes=_bytes,
+    gpu={
+        "precision": ("forward", "backward"),
+        "workspace_bytes": ("forward", "backward"),
+        "deterministic": ("backward",),
+    },
 )

@@ -8,7 +8,7 @@ from typing import Any
 from dcn_kernels.dispatch import shapes
 from dcn_kernels.dispatch.call import call
 from dcn_kernels.dispatch.row import Op, Params, Sizes
-from dcn_kernels.ops.roi_pool import POOLED, group, roi_bytes, roi_flops, roi_parameters, score_maps
+from dcn_kernels.ops.roi_pool import GPU, POOLED, group, roi_bytes, roi_flops, roi_parameters, score_maps
 from dcn_kernels.ops.samples import deform_roi_pool as samples
 
 CONVENTIONS = ("paper", "rfcn", "mmcv")
@@ -371,6 +371,8 @@ DEFORM_ROI_POOL = Op(
     layer_sample=samples.deform_roi_layer,
     flops=roi_flops,
     bytes=_bytes,
+    gpu=GPU,
+    check_values=shapes.check_rois,
 )
 
 DEFORM_PS_ROI_POOL = Op(
@@ -395,4 +397,6 @@ DEFORM_PS_ROI_POOL = Op(
     layer_sample=samples.deform_roi_layer,
     flops=roi_flops,
     bytes=_bytes,
+    gpu=GPU,
+    check_values=shapes.check_rois,
 )

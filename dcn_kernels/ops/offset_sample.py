@@ -155,4 +155,5 @@ OFFSET_SAMPLE2D = Op(
     kinks=samples.offset_sample2d_kinks,
     flops=_flops,
     bytes=_bytes,
+    gpu={"deterministic": ("backward",)},
 )

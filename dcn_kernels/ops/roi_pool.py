@@ -583,6 +583,8 @@ def _align_parameters(name: str) -> Callable[[Params], Params]:
 
 # ---------------------------------------------------------------- rows
 
+GPU = {"deterministic": ("backward",), "validate": ()}  # the dispatcher validates
+
 POOLED: dict[str, Callable[[Sizes, Params], int]] = {
     "PH": lambda sizes, params: params["output_size"][0],
     "PW": lambda sizes, params: params["output_size"][1],
@@ -624,6 +626,8 @@ ROI_POOL = Op(
     flops=roi_flops,
     bytes=roi_bytes,
     saved={"argmax": "R C PH PW"},
+    gpu={"deterministic": ("backward",), "validate": ("backward",)},
+    check_values=shapes.check_rois,
 )
 
 PS_ROI_POOL = Op(
@@ -641,6 +645,8 @@ PS_ROI_POOL = Op(
     layer_sample=samples.roi_layer,
     flops=roi_flops,
     bytes=roi_bytes,
+    gpu=GPU,
+    check_values=shapes.check_rois,
 )
 
 ROI_ALIGN = Op(
@@ -658,6 +664,8 @@ ROI_ALIGN = Op(
     layer_sample=samples.roi_layer,
     flops=roi_flops,
     bytes=roi_bytes,
+    gpu=GPU,
+    check_values=shapes.check_rois,
 )
 
 PS_ROI_ALIGN = Op(
@@ -675,4 +683,6 @@ PS_ROI_ALIGN = Op(
     layer_sample=samples.roi_layer,
     flops=roi_flops,
     bytes=roi_bytes,
+    gpu=GPU,
+    check_values=shapes.check_rois,
 )

@@ -8,7 +8,7 @@ Offsets are normalised by the RoI's size; x stands before y in them. See roi_poo
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -215,7 +215,6 @@ def deform_roi_pool(
     sampling_ratio: int,
     convention: str,
     out: np.ndarray | None = None,
-    **_: Any,
 ) -> np.ndarray:
     """Returns (R, C, PH, PW)."""
     bins = _bins(input, rois, offset, output_size, spatial_scale, gamma, sampling_ratio, convention)
@@ -235,7 +234,6 @@ def deform_roi_pool_backward(
     sampling_ratio: int,
     convention: str,
     wrt: tuple[str, ...],
-    **_: Any,
 ) -> dict[str, np.ndarray]:
     """Returns argument name -> gradient."""
     bins = _bins(input, rois, offset, output_size, spatial_scale, gamma, sampling_ratio, convention)
@@ -256,7 +254,6 @@ def deform_ps_roi_pool(
     sample_per_part: int,
     trans_std: float,
     out: np.ndarray | None = None,
-    **_: Any,
 ) -> np.ndarray:
     """Returns (R, C/(G*G), PH, PW)."""
     groups = (group_size, group_size)
@@ -278,7 +275,6 @@ def deform_ps_roi_pool_backward(
     sample_per_part: int,
     trans_std: float,
     wrt: tuple[str, ...],
-    **_: Any,
 ) -> dict[str, np.ndarray]:
     """Returns argument name -> gradient."""
     groups = (group_size, group_size)

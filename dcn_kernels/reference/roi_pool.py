@@ -7,7 +7,7 @@ float32 and half-precision inputs), every product and sum rounded to it in the o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -240,7 +240,6 @@ def roi_pool(
     mode: str,
     return_argmax: bool = False,
     out: np.ndarray | None = None,
-    **_: Any,
 ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
     """Returns (R, C, PH, PW), and the argmax."""
     shape = (len(rois), input.shape[1], *output_size)
@@ -267,7 +266,6 @@ def roi_pool_backward(
     spatial_scale: float,
     mode: str,
     wrt: tuple[str, ...],
-    **_: Any,
 ) -> dict[str, np.ndarray]:
     """Returns argument name -> gradient."""
     if mode == "avg":
@@ -309,7 +307,6 @@ def ps_roi_pool(
     group_size: tuple[int, int],
     convention: str,
     out: np.ndarray | None = None,
-    **_: Any,
 ) -> np.ndarray:
     """Returns (R, C/(G*G), PH, PW)."""
     bins = _ps_bins(input, rois, output_size, spatial_scale, group_size, convention)
@@ -327,7 +324,6 @@ def ps_roi_pool_backward(
     group_size: tuple[int, int],
     convention: str,
     wrt: tuple[str, ...],
-    **_: Any,
 ) -> dict[str, np.ndarray]:
     """Returns argument name -> gradient."""
     bins = _ps_bins(input, rois, output_size, spatial_scale, group_size, convention)
@@ -392,7 +388,6 @@ def roi_align(
     sampling_ratio: int,
     aligned: bool,
     out: np.ndarray | None = None,
-    **_: Any,
 ) -> np.ndarray:
     """Returns (R, C, PH, PW)."""
     bins = _aligned_bins(input, rois, output_size, spatial_scale, sampling_ratio, aligned, every_channel)
@@ -409,7 +404,6 @@ def roi_align_backward(
     sampling_ratio: int,
     aligned: bool,
     wrt: tuple[str, ...],
-    **_: Any,
 ) -> dict[str, np.ndarray]:
     """Returns argument name -> gradient."""
     bins = _aligned_bins(input, rois, output_size, spatial_scale, sampling_ratio, aligned, every_channel)
@@ -424,7 +418,6 @@ def ps_roi_align(
     spatial_scale: float,
     sampling_ratio: int,
     out: np.ndarray | None = None,
-    **_: Any,
 ) -> np.ndarray:
     """Returns (R, C/(PH*PW), PH, PW)."""
     channels = score_maps(output_size, output_size)
@@ -442,7 +435,6 @@ def ps_roi_align_backward(
     spatial_scale: float,
     sampling_ratio: int,
     wrt: tuple[str, ...],
-    **_: Any,
 ) -> dict[str, np.ndarray]:
     """Returns argument name -> gradient."""
     channels = score_maps(output_size, output_size)

@@ -24,8 +24,6 @@ from dcn_kernels.dispatch.call import call
 from dcn_kernels.dispatch.row import Op, Params
 
 NAMESPACE = "dcn_kernels"
-# What only the plain functions take: results are made by the operator, and torch knows the device.
-PLAIN_ONLY = ("out", "backend", "return_argmax")
 DTYPES = {
     torch.float16: dtypes.DTYPES["float16"],
     torch.bfloat16: dtypes.DTYPES["bfloat16"],
@@ -90,7 +88,7 @@ class Arguments:
 def arguments_of(op: Op) -> Arguments:
     """Read the plain function's signature."""
     signature = inspect.signature(getattr(dcn_kernels, op.name))
-    kept = [parameter for name, parameter in signature.parameters.items() if name not in PLAIN_ONLY]
+    kept = [parameter for name, parameter in signature.parameters.items() if name not in op.plain_only]
     names = [parameter.name for parameter in kept]
     params = tuple(name for name in names if name not in op.arrays)
     pairs = frozenset(name for name in params if "tuple" in str(signature.parameters[name].annotation))
