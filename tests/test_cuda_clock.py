@@ -91,7 +91,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     """In the place of CuPy and of the clock on the wall."""
     found = Machine()
     monkeypatch.setitem(sys.modules, "cupy", found.cupy)
-    monkeypatch.setattr(profiling, "perf_counter", lambda: found.cpu / 1e3)
+    monkeypatch.setattr(clocks, "perf_counter", lambda: found.cpu / 1e3)
     return found
 
 

@@ -191,7 +191,7 @@ def nothing_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     def reached(*_: Any) -> None:
         raise AssertionError("a kernel was reached")
 
-    monkeypatch.setattr("dcn_kernels.dispatch.row.function", reached)
+    monkeypatch.setattr("dcn_kernels.dispatch.call.function", reached)
 
 
 @pytest.mark.parametrize(("op", "sample"), [(DEFORM_CONV2D, CONVOLUTION), (OFFSET_SAMPLE2D, RESAMPLING)])

@@ -6,10 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from dcn_kernels.cpu.bins import ALIGN, PAPER, RFCN
 from dcn_kernels.cpu.roi_mean import mean, mean_backward
-
-RULES = {"paper": PAPER, "mmcv": ALIGN, "rfcn": RFCN}
+from dcn_kernels.dispatch import roi_rules
 
 
 def deform_roi_pool(
@@ -53,12 +51,10 @@ def _options(
     output_size: tuple[int, int], spatial_scale: float, gamma: float, sampling_ratio: int, convention: str
 ) -> dict[str, Any]:
     return {
-        "rule": RULES[convention],
-        "ratio": (sampling_ratio or 4) if convention == "rfcn" else sampling_ratio,
+        "rule": roi_rules.deform_roi_pool(gamma, sampling_ratio, convention),
         "output_size": output_size,
         "spatial_scale": spatial_scale,
         "part_size": output_size,
-        "factor": gamma,
     }
 
 
@@ -69,7 +65,7 @@ def deform_ps_roi_pool(
     *,
     output_size: tuple[int, int],
     spatial_scale: float,
-    group_size: int,
+    group_size: tuple[int, int],
     part_size: tuple[int, int],
     sample_per_part: int,
     trans_std: float,
@@ -88,7 +84,7 @@ def deform_ps_roi_pool_backward(
     *,
     output_size: tuple[int, int],
     spatial_scale: float,
-    group_size: int,
+    group_size: tuple[int, int],
     part_size: tuple[int, int],
     sample_per_part: int,
     trans_std: float,
@@ -104,17 +100,14 @@ def deform_ps_roi_pool_backward(
 def _ps_options(
     output_size: tuple[int, int],
     spatial_scale: float,
-    group_size: int,
+    group_size: tuple[int, int],
     part_size: tuple[int, int],
     sample_per_part: int,
     trans_std: float,
 ) -> dict[str, Any]:
     return {
-        "rule": RFCN,
-        "ratio": sample_per_part,
+        "rule": roi_rules.deform_ps_roi_pool(group_size, sample_per_part, trans_std),
         "output_size": output_size,
         "spatial_scale": spatial_scale,
-        "groups": (group_size, group_size),
         "part_size": part_size,
-        "factor": trans_std,
     }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-# Where a RoI begins, how long it is and which pixels or points a bin has; kernels know a rule by its place in this list.
+# Where a RoI begins, how long it is, which pixels or points a bin has. Kernels know a rule by its place in this list.
 RULES = ("max", "avg", "ps_rfcn", "ps_torchvision", "paper", "aligned", "legacy", "rfcn")
 RFCN_SAMPLES = 4  # points of a bin along each axis where deform_roi_pool "rfcn" is given sampling_ratio 0
 

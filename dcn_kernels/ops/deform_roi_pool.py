@@ -342,7 +342,7 @@ def _deform_ps_roi_pool_parameters(params: Params) -> Params:
     checked, part = roi_parameters(name, params), params["part_size"]
     return {
         **checked,
-        "group_size": group(name, params["group_size"], checked["output_size"]),
+        "group_size": (group(name, params["group_size"], checked["output_size"]),) * 2,
         "part_size": checked["output_size"] if part is None else (shapes.integer(name, "part_size", part, 1),) * 2,
         "sample_per_part": shapes.integer(name, "sample_per_part", params["sample_per_part"], 1),
         "trans_std": shapes.number(name, "trans_std", params["trans_std"]),
@@ -386,7 +386,7 @@ DEFORM_PS_ROI_POOL = Op(
     parameters=_deform_ps_roi_pool_parameters,
     derived={
         **POOLED,
-        "(G*G)": lambda sizes, params: params["group_size"] ** 2,
+        "(G*G)": lambda sizes, params: params["group_size"][0] * params["group_size"][1],
         "C/(G*G)": lambda sizes, params: sizes["C"] // score_maps(sizes),
         "part_h": lambda sizes, params: params["part_size"][0],
         "part_w": lambda sizes, params: params["part_size"][1],

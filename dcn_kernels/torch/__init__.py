@@ -275,7 +275,7 @@ class _RoILayer(nn.Module):
 
 
 class RoIPool(_RoILayer):
-    """`dcn_kernels.ops.roi_pool`, maximum or mean. `rois`: (R, 5), or a list of (R_n, 4), one per image.
+    """`dcn_kernels.roi_pool`, maximum or mean. `rois`: (R, 5), or a list of (R_n, 4), one per image.
 
     Examples
     --------
@@ -354,7 +354,7 @@ class PSRoIAlign(_RoILayer):
 
 
 class DeformRoIPool(_RoILayer):
-    """`dcn_kernels.ops.deform_roi_pool` with offsets from outside.
+    """`dcn_kernels.deform_roi_pool` with offsets from outside.
 
     Examples
     --------
