@@ -16,7 +16,7 @@ from dcn_kernels.cli.sampling import sampling
 
 BACKENDS = ("reference", "cpu", "cuda")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
-RESULTS = "bench_results"
+RESULTS = "bench_results"  # of published records; one's own are in its folder "local", which git ignores
 
 
 @click.group(cls=console.Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -69,7 +69,8 @@ def main() -> None:
 @click.option("--json", "shape_of_output", flag_value="json", help="Print only the record.")
 @click.option("--csv", "shape_of_output", flag_value="csv", help="Print only CSV.")
 @click.option("--markdown", "shape_of_output", flag_value="md", help="Print only Markdown.")
-@click.option("--output", metavar="FILE", help="Save to FILE (.json, .csv or .md) in place of bench_results/.")
+@click.option("--output", metavar="FILE", help="Save to FILE (.json, .csv or .md) in place of bench_results/local/.")
+@click.option("--publish", is_flag=True, help="Save the record among the published ones, in bench_results/.")
 @click.option("--no-save", is_flag=True, help="Save no record where there is no --output.")
 def profile(
     names: tuple[str, ...],
@@ -89,9 +90,10 @@ def profile(
     peers: tuple[str, ...],
     shape_of_output: str | None,
     output: str | None,
+    publish: bool,
     no_save: bool,
 ) -> None:
-    """Check and time operators on layer shapes; the record goes to bench_results/ or to --output.
+    """Check and time operators on layer shapes; the record goes to bench_results/local/ or to --output.
 
     Every result is compared with the reference before it is timed. A peer runs in a process of its own, in the
     interpreter given, on the same arrays and device, in rounds between ours; peers: torchvision, torch (its plain
@@ -116,12 +118,14 @@ def profile(
     if only_list:
         _list_layers(chosen)
         return
+    if publish and (output or no_save):
+        console.fail(f"--publish saves to {RESULTS}: it goes with neither --output nor --no-save")
     if output and Path(output).suffix not in record.FORMATS:
         console.fail(f"--output: expected a name that ends in {', '.join(record.FORMATS)}, got {output!r}")
     if output:
         console.check_writable(output)
     elif not no_save:
-        _results_folder()
+        _results_folder(publish)
     backends = backends or (("cuda",) if "cuda" in available() else ("cpu",))
     for backend in backends:
         reason = why_not(backend)
@@ -166,7 +170,7 @@ def profile(
               "load": load}  # fmt: skip
     if rows:
         profiling.best_ceilings(rows)
-        _finish_profile(record.make(rows, stated, versions), shape_of_output, output, no_save)
+        _finish_profile(record.make(rows, stated, versions), shape_of_output, output, publish, no_save)
     if interrupted:
         console.warn("interrupted: what was measured until then is kept")
         raise SystemExit(console.INTERRUPTED)
@@ -252,13 +256,15 @@ class _running:
             peer.close()
 
 
-def _finish_profile(found: dict[str, Any], shape_of_output: str | None, output: str | None, no_save: bool) -> None:
+def _finish_profile(
+    found: dict[str, Any], shape_of_output: str | None, output: str | None, publish: bool, no_save: bool
+) -> None:
     from dcn_kernels.bench import record
 
     path = output
     if not output and not no_save:
         where = "gpu" if "cuda" in found["settings"]["backends"] else "cpu"
-        path = str(_results_folder() / f"{found['created'][:19].replace(':', '')}-{where}.json")
+        path = str(_results_folder(publish) / f"{found['created'][:19].replace(':', '')}-{where}.json")
     if path:  # before anything is shown: whoever reads stdout may have gone
         console.write(path, record.FORMATS[Path(path).suffix](found))
     if shape_of_output:
@@ -270,14 +276,15 @@ def _finish_profile(found: dict[str, Any], shape_of_output: str | None, output: 
         console.note(f"saved {path}")
 
 
-def _results_folder() -> Path:
+def _results_folder(publish: bool) -> Path:
     """Where records go that are given no name."""
+    folder = Path(RESULTS) if publish else Path(RESULTS, "local")
     try:
-        Path(RESULTS).mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        console.fail(f"cannot make the folder {RESULTS}: {error.strerror}; --output names a file, --no-save saves none")
-    console.check_writable(str(Path(RESULTS) / "record.json"))
-    return Path(RESULTS)
+        console.fail(f"cannot make the folder {folder}: {error.strerror}; --output names a file, --no-save saves none")
+    console.check_writable(str(folder / "record.json"))
+    return folder
 
 
 def _list_layers(chosen: dict[str, Any]) -> None:

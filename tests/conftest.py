@@ -39,6 +39,21 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
     return report
 
 
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
+    """The last lines of a run without torch or JAX: what was left out, and the command that runs it."""
+    yield
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    skips = [str(report.longrepr) for report in reporter.stats.get("skipped", [])] if reporter else []
+    lacks = re.compile(r"(test_\w+\.py).*Skipped: (torch|jax|sklearn) is not installed")
+    left_out = [found.groups() for found in map(lacks.search, skips) if found]
+    if left_out:
+        files, packages = (", ".join(sorted(set(names))) for names in zip(*left_out, strict=True))
+        reporter.write_line(f"Left out, because {packages} cannot be imported: {len(left_out)} tests or whole files")
+        reporter.write_line(f"of {files}.")
+        reporter.write_line("They are run by: make test-frameworks", bold=True)
+
+
 @dataclass(frozen=True)
 class Backend:
     """A column of the table of operators."""

@@ -128,13 +128,19 @@ def test_what_was_measured_before_a_failure_is_kept(tmp_path: Path, monkeypatch:
     assert [row["direction"] for row in record.read(tmp_path / "part.json")["rows"]] == ["forward"]
 
 
-def test_without_output_the_record_goes_to_bench_results(tmp_path: Path) -> None:
-    result = run(*QUICK, "--direction", "forward")
+def test_without_output_the_record_goes_to_a_folder_that_git_ignores_unless_it_is_published(tmp_path: Path) -> None:
+    forward = (*QUICK, "--direction", "forward")
+    result = run(*forward)
     assert result.exit_code == 0
-    (path,) = (tmp_path / "bench_results").glob("*.json")
-    assert len(record.read(path)["rows"]) == 1 and str(path.name) in result.stderr
-    run(*QUICK, "--direction", "forward", "--no-save")
+    (path,) = (tmp_path / "bench_results").rglob("*.*")
+    assert path.parent.name == "local" and path.name in result.stderr and len(record.read(path)["rows"]) == 1
+    assert "bench_results/local/" in (ROOT / ".gitignore").read_text().splitlines()
+    run(*forward, "--no-save")
+    assert list((tmp_path / "bench_results").rglob("*.*")) == [path]
+    assert run(*forward, "--publish").exit_code == 0
     assert len(list((tmp_path / "bench_results").glob("*.json"))) == 1
+    for other in (("--no-save",), ("--output", "run.json")):
+        assert "--publish" in one_line(run(*forward, "--publish", *other), 2)
 
 
 @pytest.mark.parametrize("kind", ["json", "csv", "markdown"])

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dcn_kernels.bench import clocks, profiling, record
+from dcn_kernels.bench import clocks, record
 
 CACHE = 50 << 20
 

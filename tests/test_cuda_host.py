@@ -92,7 +92,7 @@ def _slow(test: Any) -> Any:
     return of_this_module
 
 
-def tests_of_backends(*stems: str) -> dict[str, Any]:
+def backend_tests_of(*stems: str) -> dict[str, Any]:
     """The tests of modules that take a backend; collected elsewhere, they get the backend of there."""
     found = {}
     for stem in stems:
@@ -103,7 +103,7 @@ def tests_of_backends(*stems: str) -> dict[str, Any]:
     return found
 
 
-globals().update(tests_of_backends("ops", "deform_conv", "offset_sample", "sampling"))
+globals().update(backend_tests_of("ops", "deform_conv", "offset_sample", "sampling"))
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -27,7 +27,7 @@ from dcn_kernels.dtypes import DTYPES, accumulator
 library, device, backend = host.library, host.device, host.backend  # the fixtures
 pytestmark = pytest.mark.cuda_host
 
-globals().update(host.tests_of_backends("roi_pool", "deform_roi_pool"))
+globals().update(host.backend_tests_of("roi_pool", "deform_roi_pool"))
 
 
 @pytest.mark.parametrize(
