@@ -637,7 +637,7 @@ def test_readme_names_the_gpus_of_the_records(tmp_path: Path) -> None:
 def test_spots_are_256_elements_also_of_narrow_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     monkeypatch.setattr(
-        profiling,
+        spot_checks,
         "_compare",
         lambda inputs, part, index, *rest: seen.extend(a.size for n, a in part.arrays.items() if n in index) or 0.0,
     )
