@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 from dcn_kernels.cli import console
 from dcn_kernels.cli.cost import cost
 from dcn_kernels.cli.sampling import sampling
@@ -41,9 +42,10 @@ def main() -> None:
 @click.option("--layer", "names", multiple=True, metavar="NAME", help="Named layer; repeatable (see dcn-bench layers).")
 @click.option("--list", "only_list", is_flag=True, help="List what would be run, and stop.")
 @click.option("--filter", "pattern", metavar="REGEX", help="Only layers whose name matches.")
-@click.option("--shape", metavar="SIZES", help="A layer of your own, such as C=64,H=56,W=56,O=64,kernel=3x3.")
-@click.option("--shapes", "toml", metavar="FILE", help="Layers of a TOML file, tables [layers.NAME] with op and sizes: "
-              "all, or those named by --layer.")  # fmt: skip
+@click.option("--shape", "shapes", multiple=True, metavar="SIZES", help="A layer of your own: N=1,C=64,H=56,W=56,O=64,"
+              "kernel=3x3 or NxCxHxW:O:KHxKW, as in 1x64x56x56:64:3x3,padding=1; repeatable.")  # fmt: skip
+@click.option("--shapes", "toml", metavar="FILE", help="Layers of a TOML file, tables [layers.NAME] with op and its "
+              "sizes, or with sizes as --shape takes them: all, or those named by --layer.")  # fmt: skip
 @click.option("--op", "ops", multiple=True, metavar="NAME", help="Only this operator; repeatable. Of --shape: its.")
 @click.option("--direction", "directions", multiple=True, type=click.Choice(["forward", "backward"]),
               help="Default: both.")  # fmt: skip
@@ -71,12 +73,13 @@ def main() -> None:
 @click.option("--markdown", "shape_of_output", flag_value="md", help="Print only Markdown.")
 @click.option("--output", metavar="FILE", help="Save to FILE (.json, .csv or .md) in place of bench_results/local/.")
 @click.option("--publish", is_flag=True, help="Save the record among the published ones, in bench_results/.")
+@console.WIDE
 @click.option("--no-save", is_flag=True, help="Save no record where there is no --output.")
 def profile(
     names: tuple[str, ...],
     only_list: bool,
     pattern: str | None,
-    shape: str | None,
+    shapes: tuple[str, ...],
     toml: str | None,
     ops: tuple[str, ...],
     directions: tuple[str, ...],
@@ -91,6 +94,7 @@ def profile(
     shape_of_output: str | None,
     output: str | None,
     publish: bool,
+    wide: bool,
     no_save: bool,
 ) -> None:
     """Check and time operators on layer shapes; the record goes to bench_results/local/ or to --output.
@@ -113,13 +117,22 @@ def profile(
     """
     from dcn_kernels.bench import inputs, layers, profiling, record, spot_checks
     from dcn_kernels.environment import available, blas, why_not
+    from dcn_kernels.ops.registry import OPS
 
-    chosen = _chosen_layers(names, pattern, shape, toml, ops)
+    chosen = _chosen_layers(names, pattern, shapes, toml, ops)
     if only_list:
-        _list_layers(chosen)
+        _alone("--list", "names", "only_list", "pattern", "shapes", "toml", "ops", "wide")
+        _list_layers(chosen, wide)
         return
-    if publish and (output or no_save):
-        console.fail(f"--publish saves to {RESULTS}: it goes with neither --output nor --no-save")
+    if (bool(output), publish, no_save).count(True) > 1:
+        console.fail("--output, --publish and --no-save: expected one of them")
+    for option, values in (("layer", names), ("op", ops), ("direction", directions), ("backend", backends),
+                           ("dtype", dtypes), ("threads", threads), ("offsets", offsets)):  # fmt: skip
+        for value in values:
+            if values.count(value) > 1:  # type: ignore[arg-type]
+                console.fail(f"--{option}: {value} is named twice")
+    if offsets and not any(profiling.has_offsets(OPS[layer["op"]]) for layer in chosen.values()):
+        console.fail("--offsets: none of the operators has offsets")
     if output and Path(output).suffix not in record.FORMATS:
         console.fail(f"--output: expected a name that ends in {', '.join(record.FORMATS)}, got {output!r}")
     if output:
@@ -131,6 +144,9 @@ def profile(
         reason = why_not(backend)
         if reason:
             console.fail(f"backend {backend} is not available: {reason}", console.UNAVAILABLE)
+    if threads and "cpu" not in backends and not peers:
+        console.fail("--threads: expected the CPU backend or a peer")
+    _refuse_what_memory_does_not_hold(chosen, dtypes)
     for layer_name, layer in chosen.items():
         try:
             inputs.make_inputs(layers.cut(layer, channels=False), "zero", "float32", seed)
@@ -170,7 +186,7 @@ def profile(
               "load": load}  # fmt: skip
     if rows:
         profiling.best_ceilings(rows)
-        _finish_profile(record.make(rows, stated, versions), shape_of_output, output, publish, no_save)
+        _finish_profile(record.make(rows, stated, versions), shape_of_output, output, publish, no_save, wide)
     if interrupted:
         console.warn("interrupted: what was measured until then is kept")
         raise SystemExit(console.INTERRUPTED)
@@ -180,8 +196,37 @@ def profile(
         console.fail("nothing was measured", console.FAILED)
 
 
+def _alone(option: str, *beside: str) -> None:
+    """Refuse options that this one would have ignored."""
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        given = context.get_parameter_source(str(parameter.name)) is ParameterSource.COMMANDLINE
+        if given and parameter.name not in beside:
+            console.fail(f"{option} runs nothing: {parameter.opts[0]} would be ignored")
+
+
+def _refuse_what_memory_does_not_hold(chosen: dict[str, Any], dtypes: tuple[str, ...]) -> None:
+    """Before anything is allocated."""
+    from dcn_kernels import environment
+    from dcn_kernels.bench import layers
+    from dcn_kernels.dtypes import DTYPES as STORAGE
+
+    held = environment.memory()
+    itemsize = max(STORAGE[dtype].itemsize for dtype in dtypes or ("float32",))
+    for name, layer in chosen.items():
+        needed = layers.memory(layer, itemsize)
+        if held is not None and needed > held:
+            console.fail(
+                f"layer {name}: timing it takes at least {_gigabytes(needed)} of memory, there are {_gigabytes(held)}"
+            )
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:,.1f} GB" if size < 1e15 else f"{size / 1e9:.1e} GB"
+
+
 def _chosen_layers(
-    names: tuple[str, ...], pattern: str | None, shape: str | None, toml: str | None, ops: tuple[str, ...]
+    names: tuple[str, ...], pattern: str | None, shapes: tuple[str, ...], toml: str | None, ops: tuple[str, ...]
 ) -> dict[str, Any]:
     from dcn_kernels.bench import layers
     from dcn_kernels.ops.registry import OPS
@@ -194,12 +239,19 @@ def _chosen_layers(
     try:
         if toml:
             known = layers.read_toml(toml)
-        if shape:
-            chosen["shape"] = layers.parse(ops[0] if ops else "deform_conv2d", shape)
-    except ValueError as error:
-        console.fail(f"{'--shapes ' + toml if toml else '--shape'}: {error}")
-    except OSError as error:
-        console.fail(f"--shapes: cannot read {toml}: {error.strerror}")
+    except (ValueError, OSError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        console.fail(f"--shapes {toml}: {why}")
+    if shapes and len(ops) > 1:
+        console.fail("--op: expected one operator for --shape")
+    for text in shapes:
+        try:
+            layer = layers.parse(ops[0] if ops else "deform_conv2d", text)
+        except ValueError as error:
+            console.fail(f"--shape {text}: {error}")
+        if layers.named(layer) in chosen:
+            console.fail(f"--shape {text}: the same sizes are given twice")
+        chosen[layers.named(layer)] = layer
     for name in names:
         if name not in known:
             console.fail(f"--layer: no layer {name!r}; there are: {', '.join(known)}")
@@ -209,9 +261,9 @@ def _chosen_layers(
     if not chosen:
         names = tuple(known) if pattern or ops else layers.DEFAULT_SET
         chosen = {name: known[name] for name in names if known[name]["op"] in OPS}
-    for name, layer in chosen.items():
-        if layer["op"] not in OPS:
-            console.fail(f"layer {name}: no operator {layer['op']!r}; there are: {', '.join(OPS)}")
+    for op in ops:
+        if op not in (layer["op"] for layer in chosen.values()):
+            console.fail(f"--op: no layer of {op} was chosen")
     try:
         matches = re.compile(pattern or "")
     except re.error as error:
@@ -257,7 +309,12 @@ class _running:
 
 
 def _finish_profile(
-    found: dict[str, Any], shape_of_output: str | None, output: str | None, publish: bool, no_save: bool
+    found: dict[str, Any],
+    shape_of_output: str | None,
+    output: str | None,
+    publish: bool,
+    no_save: bool,
+    wide: bool,
 ) -> None:
     from dcn_kernels.bench import record
 
@@ -271,7 +328,7 @@ def _finish_profile(
         console.say(record.FORMATS[f".{shape_of_output}"](found).rstrip("\n"))
     else:
         columns, rows, right = record.cells(found)
-        console.table(record.caption(found), columns, rows, right)
+        console.table(record.caption(found), columns, rows, right, first=record.told_first(columns), wide=wide)
     if path:
         console.note(f"saved {path}")
 
@@ -287,19 +344,21 @@ def _results_folder(publish: bool) -> Path:
     return folder
 
 
-def _list_layers(chosen: dict[str, Any]) -> None:
+def _list_layers(chosen: dict[str, Any], wide: bool) -> None:
     from dcn_kernels.bench import layers
 
     rows = [
         [name, layer["op"], layers.shown(layer), f"{layer['spread']:g}", layer["source"]]
         for name, layer in chosen.items()
     ]
-    console.table("", ["layer", "operator", "sizes", "spread", "source"], rows, right=["spread"])
+    columns = ["layer", "operator", "sizes", "spread", "source"]
+    console.table("", columns, rows, right=["spread"], folded=["sizes", "source"], wide=wide)
 
 
 @main.command("layers")
 @click.option("--json", "as_json", is_flag=True, help="Print only JSON.")
-def layers_command(as_json: bool) -> None:
+@console.WIDE
+def layers_command(as_json: bool, wide: bool) -> None:
     """List the named layers with their sizes and how far their offsets reach.
 
     \b
@@ -315,12 +374,13 @@ def layers_command(as_json: bool) -> None:
         shown = {name: {k: v for k, v in layer.items() if k != "given"} for name, layer in known.items()}
         console.say_json(shown)
     else:
-        _list_layers(known)
+        _list_layers(known, wide)
 
 
 @main.command("env")
 @click.option("--json", "as_json", is_flag=True, help="Print only JSON.")
-def env_command(as_json: bool) -> None:
+@console.WIDE
+def env_command(as_json: bool, wide: bool) -> None:
     """Show what is installed, which backends work and why not, threads, the BLAS, and what could be faster.
 
     \b
@@ -355,7 +415,7 @@ def env_command(as_json: bool) -> None:
             rows += [[section, "", str(entry)] for entry in value]
         else:
             rows.append([section, "", str(value)])
-    console.table("", ["", "what", "found"], rows)
+    console.table("", ["", "what", "found"], rows, folded=["found"], wide=wide)
 
 
 @main.command()
@@ -363,7 +423,8 @@ def env_command(as_json: bool) -> None:
 @click.argument("new")
 @click.option("--fail-above", type=click.FloatRange(0, min_open=True), metavar="RATIO", help="Exit 1 above new/old.")
 @click.option("--json", "as_json", is_flag=True, help="Print only JSON.")
-def compare(old: str, new: str, fail_above: float | None, as_json: bool) -> None:
+@console.WIDE
+def compare(old: str, new: str, fail_above: float | None, as_json: bool, wide: bool) -> None:
     """Compare two records row by row: faster, slower, same or unsure, from the samples' spread.
 
     The interval is a 95 % bootstrap interval of the ratio of medians; "same" lies within 3 % of 1, and fewer than five
@@ -406,7 +467,10 @@ def compare(old: str, new: str, fail_above: float | None, as_json: bool) -> None
              f"{row['ratio']:.3f}", "{:.3f}-{:.3f}".format(*row["interval"]), row["verdict"]]
             for row in rows
         ]  # fmt: skip
-        console.table("", columns, cells, right=["threads", "old ms", "new ms", "ratio", "95 %"])
+        differ = [c for i, c in enumerate(columns[:7]) if c != "op" and len({row[i] for row in cells}) > 1]
+        first = [*differ, "verdict", "ratio", "old ms", "new ms", "95 %"]
+        right = ["threads", "old ms", "new ms", "ratio", "95 %"]
+        console.table("", columns, cells, right, first=first, wide=wide)
     if failed:
         console.fail(f"{len(failed)} rows are slower by more than {fail_above:g}", console.FAILED)
 

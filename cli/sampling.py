@@ -32,7 +32,7 @@ def _unit(context: click.Context, option: click.Parameter, values: tuple[str, ..
     return units
 
 
-@click.command()
+@click.command(cls=console.Command)
 @click.option("--offset", "offsets", multiple=True, metavar="FILE.npy", help="Offsets of a layer (N, 2*OG*K, OH, OW); "
               "repeat for layers above each other, the top one last.")  # fmt: skip
 @click.option("--image", metavar="FILE", help="Image file of the whole input, drawn beneath.")
@@ -48,6 +48,7 @@ def _unit(context: click.Context, option: click.Parameter, values: tuple[str, ..
 @click.option("--index", default=0, show_default=True, help="Which image of the batch.")
 @click.option("--group", default=0, show_default=True, help="Which offset group.")
 @click.option("--json", "as_json", is_flag=True, help="Print only the numbers, as JSON.")
+@console.WIDE
 def sampling(
     offsets: tuple[str, ...],
     image: str | None,
@@ -62,6 +63,7 @@ def sampling(
     index: int,
     group: int,
     as_json: bool,
+    wide: bool,
 ) -> None:
     """Show where deformable filters look: a picture of their sampling points, and numbers of each layer's offsets.
 
@@ -114,7 +116,7 @@ def sampling(
     if image:
         photograph = _picture(image)
     sizes = _sizes(layers, input_size)
-    _numbers(names, layers, sizes, as_json)
+    _numbers(names, layers, sizes, as_json, wide)
     if not output:
         return
     from dcn_kernels.deformation import picture as sampling_picture
@@ -184,7 +186,9 @@ def _as_pair(value: Any) -> tuple[int, int]:
     return value if isinstance(value, tuple) else (value, value)
 
 
-def _numbers(names: list[str], layers: list[dict[str, Any]], sizes: list[tuple[int, int]], as_json: bool) -> None:
+def _numbers(
+    names: list[str], layers: list[dict[str, Any]], sizes: list[tuple[int, int]], as_json: bool, wide: bool
+) -> None:
     """A row for each layer on stdout."""
     from dcn_kernels import effective_dilation, offset_statistics
     from dcn_kernels.deformation.dilation_classes import mean_and_spread
@@ -210,4 +214,4 @@ def _numbers(names: list[str], layers: list[dict[str, Any]], sizes: list[tuple[i
         shares = [f"{100 * found[key]:.1f} %" for key in ("outside", "outside_without_offsets")]
         lengths = [f"{length:.2f}" for length in found["length"].values()]
         cells.append([found["layer"], *spread, *shares, str(found["nan"]), str(found["infinite"]), *lengths])
-    console.table("", columns, cells, right=columns[1:])
+    console.table("", columns, cells, right=columns[1:], wide=wide)

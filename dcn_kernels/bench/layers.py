@@ -11,12 +11,16 @@ deviation sqrt(2) s, and `spread` finds the s of a mean distance.
 
 from __future__ import annotations
 
+import re
 import tomllib
 from functools import lru_cache
+from math import lcm, prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from dcn_kernels.ops.registry import OPS
 
 Layer = dict[str, Any]
 
@@ -126,16 +130,40 @@ def shown(sizes: Layer) -> str:
     )
 
 
+def named(sizes: Layer) -> str:
+    """A name that tells the sizes, in the short form of `parse`: 1x64x56x56:64:3x3, and what is not as usual."""
+    name = "x".join(str(sizes[letter]) for letter in "NCHW")
+    if "O" in taken(sizes["op"]):
+        name += f":{sizes['O']}:{'x'.join(map(str, sizes['kernel']))}"
+    for size, usual in DEFAULTS.items():
+        value = sizes[size]
+        if size not in ("N", "kernel") and size in taken(sizes["op"]) and value != usual:
+            name += f",{size}={'x'.join(map(str, value)) if isinstance(value, tuple) else value}"
+    return name
+
+
+_SHORT = re.compile(r"(?P<sizes>\d+(x\d+){3})(:(?P<O>\d+)(:(?P<kernel>\d+(x\d+)?))?)?", re.ASCII)
+
+
 def parse(op: str, text: str) -> Layer:
-    """A layer from `N=1,C=64,H=56,W=56,O=64,kernel=3x3,padding=1`.
+    """A layer from `N=1,C=64,H=56,W=56,O=64,kernel=3x3,padding=1`, or shorter `1x64x56x56:64:3x3,padding=1`.
 
     Raises
     ------
     ValueError
-        Something is not NAME=NUMBER or NAME=HxW, or not a size that layers have.
+        Something is not NAME=NUMBER or NAME=HxW, or not a size that the operator's layers have, or given twice.
     """
+    return checked(op, _parsed(text))
+
+
+def _parsed(text: str) -> dict[str, Any]:
     sizes: dict[str, Any] = {}
-    for part in text.split(","):
+    parts = text.split(",")
+    short = _SHORT.fullmatch(parts[0].strip())
+    if short:
+        given = [f"{name}={value}" for name, value in zip("NCHW", short["sizes"].split("x"), strict=True)]
+        parts[:1] = given + [f"{name}={short[name]}" for name in ("O", "kernel") if short[name]]
+    for part in parts:
         name, _, value = part.strip().partition("=")
         kind = float if name in _RATES else int
         numbers: list[Any]
@@ -144,14 +172,47 @@ def parse(op: str, text: str) -> Layer:
         except ValueError:
             numbers = []
         if not numbers or len(numbers) > 2:
-            raise ValueError(f"expected NAME=NUMBER or NAME=HxW, got {part.strip()!r}")
+            raise ValueError(f"expected NAME=NUMBER or NAME=HxW, or first NxCxHxW:O:KHxKW, got {part.strip()!r}")
+        if name in sizes:
+            raise ValueError(f"{name} is given twice")
         sizes[name] = numbers[0] if len(numbers) == 1 else tuple(numbers)
-    return checked(op, sizes)
+    return sizes
 
 
 _SIZES = (*DEFAULTS, "C", "H", "W", "O", "spread")
 _RATES = ("spread", "spatial_scale")
 _LEAST = {"padding": 0}
+_MOST = 2**31 - 1
+_CONV = ("O", "kernel", "stride", "padding", "dilation", "groups")
+
+
+def taken(op: str) -> tuple[str, ...]:
+    """The names of the sizes that an operator's layers have."""
+    if op not in ROI_PARAMS:
+        return (*"NCHW", *(_CONV if op == "deform_conv2d" else ()), "offset_groups", "spread")
+    own = {"deform_roi_pool": ("spread",), "deform_ps_roi_pool": ("spread", "classes")}.get(op, ())
+    return (*"NCHW", "R", "output_size", "spatial_scale", *own)
+
+
+def memory(sizes: Layer, itemsize: int) -> int:
+    """Bytes that timing a layer takes at least: its arrays as drawn in float64, as given, and their gradients."""
+    N, C, H, W, R = (sizes[name] for name in "NCHWR")
+    elements = N * C * H * W
+    if sizes["op"] in ROI_PARAMS:
+        bins = prod(sizes["output_size"])
+        elements += 5 * R + R * bins * (C // bins if "ps_" in sizes["op"] else C)
+        elements += 2 * R * bins * sizes["classes"] if "deform" in sizes["op"] else 0
+    elif sizes["op"] == "deform_conv2d":
+        taps = prod(sizes["kernel"])
+        lengths = zip((H, W), *(sizes[name] for name in ("kernel", "stride", "padding", "dilation")), strict=True)
+        pixels = prod(
+            max(0, (n + 2 * pad - dilation * (k - 1) - 1) // step + 1) for n, k, step, pad, dilation in lengths
+        )
+        elements += N * pixels * (3 * sizes["offset_groups"] * taps + sizes["O"])
+        elements += sizes["O"] * (C // sizes["groups"]) * taps
+    else:
+        elements += 2 * N * sizes["offset_groups"] * H * W + N * C * H * W
+    return elements * (8 + 2 * itemsize)
 
 
 def checked(op: str, sizes: dict[str, Any]) -> Layer:
@@ -162,8 +223,12 @@ def checked(op: str, sizes: dict[str, Any]) -> Layer:
     ValueError
         Naming the size.
     """
+    if op not in OPS:
+        raise ValueError(f"no operator {op!r}; there are: {', '.join(OPS)}")
     for name, value in sizes.items():
         if name in _RATES:
+            if name not in taken(op):
+                raise ValueError(f"{op} has no size {name!r}; it has: {', '.join(taken(op))}")
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e6:
                 raise ValueError(f"{name}: expected a positive number, got {value!r}")
             continue
@@ -173,15 +238,37 @@ def checked(op: str, sizes: dict[str, Any]) -> Layer:
             continue
         if name not in _SIZES:
             raise ValueError(f"unknown size {name!r}; there are: {', '.join(_SIZES)}")
+        if name not in taken(op):
+            raise ValueError(f"{op} has no size {name!r}; it has: {', '.join(taken(op))}")
         numbers = value if isinstance(value, (list, tuple)) and name in PAIRS else [value]
         least = _LEAST.get(name, 1)
         if len(numbers) not in (1, 2) or not all(type(n) is int and n >= least for n in numbers):
             raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r}")
-    return layer(op, **sizes)
+        if max(numbers) > _MOST:
+            raise ValueError(f"{name}: expected at most {_MOST}")
+    for name in (*"CHW", *("O" if op == "deform_conv2d" else "")):
+        if name not in sizes:
+            raise ValueError(f"{op}: the layer needs the size {name!r}")
+    filled = layer(op, **sizes)
+    for name, divisors in _divisors(filled).items():
+        for divisor, value in divisors.items():
+            if filled[name] % value:
+                raise ValueError(f"{divisor} = {value} does not divide {name} = {filled[name]}")
+    return filled
+
+
+def _divisors(sizes: Layer) -> dict[str, dict[str, int]]:
+    """What divides the channels of a layer."""
+    if "ps_" in sizes["op"]:
+        return {"C": {"output_size": prod(sizes["output_size"])}}
+    found: dict[str, dict[str, int]] = {
+        "C": {name: sizes[name] for name in ("groups", "offset_groups") if name in taken(sizes["op"])}
+    }
+    return found | ({"O": {"groups": sizes["groups"]}} if "O" in taken(sizes["op"]) else {})
 
 
 def read_toml(path: str) -> dict[str, Layer]:
-    """Layers of a TOML file: a table per layer, `[layers.NAME]` with `op` and sizes.
+    """Layers of a TOML file: a table per layer, `[layers.NAME]` with `op` and sizes, or `sizes` as `parse` takes them.
 
     Raises
     ------
@@ -192,7 +279,7 @@ def read_toml(path: str) -> dict[str, Layer]:
     """
     try:
         read = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"not a TOML file: {error}") from None
     tables = read.get("layers")
     if not isinstance(tables, dict) or not tables:
@@ -205,7 +292,15 @@ def read_toml(path: str) -> dict[str, Layer]:
         op = sizes.pop("op", "deform_conv2d")
         if not isinstance(op, str):
             raise ValueError(f"layers.{name}: op: expected a name, got {op!r}")
+        text = sizes.pop("sizes", None)
         try:
+            if text is not None:
+                if not isinstance(text, str):
+                    raise ValueError(f"sizes: expected text, got {text!r}")
+                parsed = _parsed(text)
+                for twice in parsed.keys() & sizes.keys():
+                    raise ValueError(f"{twice} is given twice")
+                sizes |= parsed
             layers[name] = checked(op, sizes)
         except ValueError as error:
             raise ValueError(f"layers.{name}: {error}") from None
@@ -215,10 +310,14 @@ def read_toml(path: str) -> dict[str, Layer]:
 def cut(sizes: Layer, *, channels: bool = True) -> Layer:
     """The same options on one small image, at most 16 channels and 8 RoIs, for the reference.
 
-    Of 12x12 pixels, or as many more as the kernel needs.
+    Of 12x12 pixels, or as many more as the kernel needs. Without `channels` theirs are cut only to about a thousand,
+    which what divides them still does.
     """
     small = dict(sizes)
-    limits = {"N": 1, "R": 8} | ({"C": 16, "O": 16} if channels else {})
+    limits = {"N": 1, "R": 8}
+    for name, divisors in _divisors(sizes).items():
+        unit = lcm(sizes["classes"], *divisors.values())
+        limits[name] = 16 if channels else unit * max(1, 1024 // unit)
     for axis, name in enumerate("HW"):
         reach = sizes["dilation"][axis] * (sizes["kernel"][axis] - 1) + 1 - 2 * sizes["padding"][axis]
         limits[name] = max(12, reach + 4)

@@ -80,7 +80,7 @@ def profile(
     table = [
         (name, layer, offsets, dtype, backend, direction)
         for name, layer in chosen.items()
-        for offsets in (settings.offsets if _has_offsets(OPS[layer["op"]]) else ("none",))
+        for offsets in (settings.offsets if has_offsets(OPS[layer["op"]]) else ("none",))
         for dtype in settings.dtypes
         for backend in settings.backends
         for direction in settings.directions
@@ -123,7 +123,7 @@ def profile(
             progress("", len(table), len(table))
 
 
-def _has_offsets(op: Op) -> bool:
+def has_offsets(op: Op) -> bool:
     """Some differentiable argument is a coordinate that may stay in float32: how it wanders matters."""
     return any(name in op.coordinates for name in op.differentiable)
 

@@ -223,6 +223,13 @@ def cells(record: Record) -> tuple[list[str], list[list[str]], list[str]]:
     return names, [[row[i] for i in kept] for row in rows], [*RIGHT, *titles]
 
 
+def told_first(columns: list[str]) -> list[str]:
+    """The columns of `cells` that tell most, where there is no room for all: which row, how long, beside the peers."""
+    which = ("layer", "direction", "offsets", "dtype", "backend", "threads", "median ms")
+    peers = (column for column in columns if column.endswith("(x ours)"))
+    return [*which, *peers, "of ceiling", "GFLOP/s", "operator", "quartiles"]
+
+
 PLAIN = {"torch": "plain conv2d by torch"}  # not the same operator: what deforming costs
 AGREES = 1e-3  # of the largest element: other libraries round coordinates in other orders
 
