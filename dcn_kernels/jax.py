@@ -36,7 +36,7 @@ import numpy as np
 import dcn_kernels
 from dcn_kernels import dtypes
 from dcn_kernels.dispatch import shapes
-from dcn_kernels.dispatch.call import check_values, parameters_for
+from dcn_kernels.dispatch.call import check_values, parameters_for, public
 from dcn_kernels.dispatch.call import function as backend_function
 from dcn_kernels.dispatch.row import Op
 
@@ -312,7 +312,7 @@ def _differentiable(op: Op, names: tuple[str, ...], params_text: str) -> Callabl
 
 
 def _function_of(op: Op) -> Callable[..., Any]:
-    plain = inspect.signature(getattr(dcn_kernels, op.name))
+    plain = inspect.signature(public(op))
     signature = plain.replace(parameters=[p for name, p in plain.parameters.items() if name not in op.plain_only])
 
     def function(*args: Any, **kwargs: Any) -> Any:
@@ -346,13 +346,15 @@ def _function_of(op: Op) -> Callable[..., Any]:
 
 
 _FUNCTIONS = {name: _function_of(op) for name, op in dcn_kernels.OPS.items()}
-deform_conv2d = _FUNCTIONS["deform_conv2d"]
-offset_sample2d = _FUNCTIONS["offset_sample2d"]
-roi_pool = _FUNCTIONS["roi_pool"]
-ps_roi_pool = _FUNCTIONS["ps_roi_pool"]
-roi_align = _FUNCTIONS["roi_align"]
-ps_roi_align = _FUNCTIONS["ps_roi_align"]
-deform_roi_pool = _FUNCTIONS["deform_roi_pool"]
-deform_ps_roi_pool = _FUNCTIONS["deform_ps_roi_pool"]
-
+globals().update(_FUNCTIONS)
 __all__ = list(_FUNCTIONS)
+
+
+def __getattr__(name: str) -> Callable[..., Any]:
+    """The function of a row that was registered after this module was imported."""
+    op = dcn_kernels.OPS.get(name)
+    if op is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _FUNCTIONS:
+        _FUNCTIONS[name] = _function_of(op)
+    return _FUNCTIONS[name]

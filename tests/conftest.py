@@ -15,6 +15,7 @@ import pytest
 
 import dcn_kernels
 from dcn_kernels.check.calls import BACKENDS, relative_error, to_backend, to_numpy, tolerance
+from dcn_kernels.dispatch.call import module_of, public
 from dcn_kernels.dispatch.row import Op, Sample
 from dcn_kernels.dtypes import DTYPES
 from dcn_kernels.environment import why_not
@@ -62,12 +63,12 @@ class Backend:
 
     def forward(self, op: Op, arrays: dict[str, Any], params: dict[str, Any], **more: Any) -> np.ndarray:
         """Call the public function with NumPy arrays."""
-        function = getattr(dcn_kernels, op.name)
+        function = public(op)
         return to_numpy(function(**to_backend(self.name, arrays), **params, **more, backend=self.name))
 
     def backward(self, op: Op, arrays: dict[str, Any], params: dict[str, Any], **more: Any) -> dict[str, np.ndarray]:
         """Call the public gradient function with NumPy arrays, `grad_output` among them."""
-        function = getattr(dcn_kernels, f"{op.name}_backward")
+        function = public(op, "backward")
         return to_numpy(function(**to_backend(self.name, arrays), **params, **more, backend=self.name))
 
 
@@ -103,6 +104,11 @@ def first_cases() -> list[Any]:
     ]
 
 
+def has_kernels(op: Op) -> bool:
+    """The row has its CUDA file; until then what needs it is left out."""
+    return find_spec(f"{op.package}.cuda") is not None and find_spec(module_of(op, "cuda")) is not None
+
+
 # test_ops.py says which backends are left out here, and why; the others leave them out without a word. `reference` and
 # `cpu` always run: where they do not, that is a failure.
 RUNNING = [name for name in BACKENDS if name != "cuda" or not why_not(name)]
@@ -112,6 +118,6 @@ RUNNING = [name for name in BACKENDS if name != "cuda" or not why_not(name)]
 def backend(request: pytest.FixtureRequest) -> Backend:
     """Each backend that runs here, in turn."""
     op = request.node.callspec.params.get("op")
-    if request.param == "cuda" and op is not None and find_spec(f"dcn_kernels.cuda.{op.module}") is None:
+    if request.param == "cuda" and op is not None and not has_kernels(op):
         pytest.skip(f"cuda: no {op.name} yet")
     return Backend(request.param)

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import pytest
 import test_properties
-from conftest import Backend, assert_close
+from conftest import Backend, assert_close, has_kernels
 from cuda_host import primitives, small_calls
 from cuda_host.host import SCHEDULES, HostDevice, Library, call, missing
 from hypothesis import given, settings
@@ -68,6 +68,8 @@ def install(device: HostDevice, monkeypatch: pytest.MonkeyPatch, **options: Any)
     """Put the launchers, on this device and with more options, where the dispatcher looks for a backend's functions."""
     monkeypatch.setattr(_arrays, "BACKENDS", (*_arrays.BACKENDS, NAME))
     for op in dcn_kernels.OPS.values():
+        if not has_kernels(op):
+            continue
         path = f"dcn_kernels.{NAME}.{op.module}"
         module = sys.modules.get(path, ModuleType(path))
         launcher = import_module(f"dcn_kernels.cuda.{op.module}")

@@ -247,14 +247,8 @@ def best_ceilings(rows: list[RowDict]) -> None:
 
 
 def _plain_product(inputs: Inputs) -> tuple[ceiling.Shape, ...]:
-    """The matrix product of a plain convolution of the same shape; nothing where there is no weight."""
-    weight = inputs.sample.arrays.get("weight")
-    if weight is None:
-        return ()
-    O, channels, KH, KW = weight.shape
-    groups = inputs.sizes["C"] // channels
-    pixels = inputs.shape[2] * inputs.shape[3]
-    return ((inputs.sizes["N"] * groups, O // groups, channels * KH * KW, pixels),)
+    """The matrix product of a plain operator of the same shape; nothing where there is none."""
+    return () if inputs.op.product is None else (inputs.op.product(inputs.sizes),)
 
 
 def _cuda_ceiling(dtype: str, product: tuple[ceiling.Shape, ...]) -> dict[str, Any]:

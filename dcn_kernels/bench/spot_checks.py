@@ -76,7 +76,7 @@ def _compare(inputs: Inputs, part: Sample, index: dict[str, Any], backend: str, 
     params = op.parameters(inputs.sample.params)
     worst = 0.0
     # a coordinate is rounded to the type of sums, which moves the weights of a sample as much
-    rounding = float(np.finfo(wide).eps) * max(inputs.sizes.get(letter, 1) for letter in ("H", "W"))
+    rounding = float(np.finfo(wide).eps) * max(inputs.sizes.get(letter, 1) for letter in op.axes)
     here = index.get("output", (...,))
     # the function itself: a part is no call that the shape checks know
     given = parameters_for(op, "forward", "reference", params)

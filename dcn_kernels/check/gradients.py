@@ -37,6 +37,7 @@ from dcn_kernels.check.calls import (
     tolerance,
     with_dtype,
 )
+from dcn_kernels.dispatch.call import module_of
 from dcn_kernels.dispatch.row import Op, Sample
 from dcn_kernels.dtypes import DTYPES, HALVES, accumulator
 from dcn_kernels.ops.registry import OPS
@@ -266,15 +267,25 @@ class Case:
 
 def not_written(op: Op, backend: str) -> str:
     """Why a backend has no gradient of this operator, or an empty string. One that fails to import is no such case."""
-    name = f"dcn_kernels.{backend}.{op.module}"
+    name = module_of(op, backend)
     try:
-        if find_spec(name) is None:
+        if not _exists(name):
             return f"not written for {backend}: there is no {name}"
         module = import_module(name)
     except Exception:  # written, and broken: whoever calls it sees how
         return ""
     missing = [wanted for wanted in (op.name, f"{op.name}_backward") if not hasattr(module, wanted)]
     return f"not written for {backend}: {name} has no {missing[0]}" if missing else ""
+
+
+def _exists(name: str) -> bool:
+    """A module of this name can be found; so can the packages that it is in."""
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError as error:
+        if name.startswith(f"{error.name}."):  # a package without this backend's folder
+            return False
+        raise
 
 
 def all_cases(op: Op, dtype: str, seed: int) -> Iterator[Case]:

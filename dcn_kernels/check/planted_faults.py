@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from dcn_kernels.check.gradients import CHECKS, Case, all_cases, findings, not_written
+from dcn_kernels.dispatch.call import module_of
 from dcn_kernels.dispatch.row import Op
 from dcn_kernels.dtypes import DTYPES, accumulator
 from dcn_kernels.ops.registry import OPS
@@ -84,7 +85,7 @@ def planted(op: Op, backend: str, argument: str, fault: str) -> Iterator[list[bo
 
     Yields a list to which each call adds whether its gradient came out different.
     """
-    module, name = import_module(f"dcn_kernels.{backend}.{op.module}"), f"{op.name}_backward"
+    module, name = import_module(module_of(op, backend)), f"{op.name}_backward"
     right = getattr(module, name)
     changed: list[bool] = []
 

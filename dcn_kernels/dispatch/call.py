@@ -14,10 +14,20 @@ from dcn_kernels.dispatch import shapes
 from dcn_kernels.dispatch.row import Op, Params, Sizes
 
 
+def module_of(op: Op, backend: str) -> str:
+    """Where a backend's functions of an operator are: its name is the folder's."""
+    return f"{op.package}.{backend}.{op.module}"
+
+
 def function(op: Op, direction: str, backend: str) -> Callable[..., Any]:
     """The function of one cell of the table: looked up at each call, so a replaced one is the one that runs."""
     name = op.name if direction == "forward" else f"{op.name}_backward"
-    return getattr(import_module(f"dcn_kernels.{backend}.{op.module}"), name)
+    return getattr(import_module(module_of(op, backend)), name)
+
+
+def public(op: Op, direction: str = "forward") -> Callable[..., Any]:
+    """The public function of a row."""
+    return getattr(import_module(op.package), op.name if direction == "forward" else f"{op.name}_backward")
 
 
 def parameters_for(op: Op, direction: str, backend: str, params: Params) -> Params:

@@ -45,6 +45,10 @@ class Op:
     gpu: dict[str, tuple[str, ...]] = field(default_factory=dict)  # what only a GPU takes -> directions that take it
     check_values: Callable[[str, dict[str, Any], Sizes], None] | None = None  # on a GPU with validate=True alone
 
+    package: str = "dcn_kernels"  # holds the public functions, and a folder `<backend>/` with `module` for each backend
+    axes: tuple[str, ...] = ("H", "W")  # the sizes that its coordinates run along
+    product: Callable[[Sizes], tuple[int, int, int, int]] | None = None  # (how many, m, k, n) of the plain operator's
+
     kinks: Callable[[int], list[Sample]] | None = None  # seed -> cases on the kinks, with the documented gradients
     part: Callable[[Sample, int, int], tuple[Sample, dict[str, Any]]] | None = None  # some elements of a layer, alone
 

@@ -290,6 +290,12 @@ def _flops(sizes: Sizes, direction: str) -> float:
     return 2.0 * products * (1 if direction == "forward" else 2)
 
 
+def _product(sizes: Sizes) -> tuple[int, int, int, int]:
+    """One product an image and group of a plain convolution, its columns as they are."""
+    s = sizes
+    return s["N"] * s["groups"], s["O"] // s["groups"], s["C"] // s["groups"] * s["KH"] * s["KW"], s["OH"] * s["OW"]
+
+
 def _bytes(sizes: Sizes, direction: str, itemsize: int) -> float:
     """Each array read or written once: input, offset, mask, weight, output; backward also their gradients."""
     s = sizes
@@ -325,6 +331,7 @@ DEFORM_CONV2D = Op(
     kinks=samples.deform_conv2d_kinks,
     part=samples.deform_conv2d_part,
     flops=_flops,
+    product=_product,
     bytes=_bytes,
     gpu={
         "precision": ("forward", "backward"),

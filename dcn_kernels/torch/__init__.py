@@ -24,16 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dcn_kernels.torch.ops import FUNCTIONS, rois_of
+import dcn_kernels
+from dcn_kernels.torch.ops import FUNCTIONS, function_of, rois_of
 
-deform_conv2d = FUNCTIONS["deform_conv2d"]
-offset_sample2d = FUNCTIONS["offset_sample2d"]
-roi_pool = FUNCTIONS["roi_pool"]
-ps_roi_pool = FUNCTIONS["ps_roi_pool"]
-roi_align = FUNCTIONS["roi_align"]
-ps_roi_align = FUNCTIONS["ps_roi_align"]
-deform_roi_pool = FUNCTIONS["deform_roi_pool"]
-deform_ps_roi_pool = FUNCTIONS["deform_ps_roi_pool"]
+globals().update(FUNCTIONS)
+
 
 __all__ = [
     *FUNCTIONS,
@@ -53,6 +48,16 @@ __all__ = [
 ]
 
 Pair = int | tuple[int, int]
+
+
+def __getattr__(name: str) -> Any:
+    """The function of a row that was registered after this module was imported."""
+    op = dcn_kernels.OPS.get(name)
+    if op is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in FUNCTIONS:
+        FUNCTIONS[name] = function_of(op)
+    return FUNCTIONS[name]
 
 
 def _pair(value: Pair) -> tuple[int, int]:
@@ -151,7 +156,7 @@ class DeformConv2d(nn.Module):
 
     def forward(self, input: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
         """input (N, C, H, W), offset (N, 2*OG*KH*KW, OH, OW), mask (N, OG*KH*KW, OH, OW) -> (N, O, OH, OW)."""
-        return deform_conv2d(
+        return FUNCTIONS["deform_conv2d"](
             input, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask, border=self.border
         )
 
@@ -251,7 +256,7 @@ class ConvOffset2D(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """input (N, C, H, W) -> (N, C, H, W)."""
-        return offset_sample2d(input, super().forward(input))
+        return FUNCTIONS["offset_sample2d"](input, super().forward(input))
 
 
 # ---------------------------------------------------------------- regions
@@ -292,7 +297,7 @@ class RoIPool(_RoILayer):
 
     def forward(self, input: Tensor, rois: Tensor | list[Tensor]) -> Tensor:
         """input (N, C, H, W) -> (R, C, PH, PW)."""
-        return roi_pool(input, rois, **self._options())
+        return FUNCTIONS["roi_pool"](input, rois, **self._options())
 
 
 class PSRoIPool(_RoILayer):
@@ -320,7 +325,7 @@ class PSRoIPool(_RoILayer):
 
     def forward(self, input: Tensor, rois: Tensor | list[Tensor]) -> Tensor:
         """input (N, C, H, W) -> (R, C/(G*G), PH, PW)."""
-        return ps_roi_pool(input, rois, **self._options())
+        return FUNCTIONS["ps_roi_pool"](input, rois, **self._options())
 
 
 class RoIAlign(_RoILayer):
@@ -336,7 +341,7 @@ class RoIAlign(_RoILayer):
 
     def forward(self, input: Tensor, rois: Tensor | list[Tensor]) -> Tensor:
         """input (N, C, H, W) -> (R, C, PH, PW)."""
-        return roi_align(input, rois, **self._options())
+        return FUNCTIONS["roi_align"](input, rois, **self._options())
 
 
 class PSRoIAlign(_RoILayer):
@@ -350,7 +355,7 @@ class PSRoIAlign(_RoILayer):
 
     def forward(self, input: Tensor, rois: Tensor | list[Tensor]) -> Tensor:
         """input (N, C, H, W) -> (R, C/(PH*PW), PH, PW)."""
-        return ps_roi_align(input, rois, **self._options())
+        return FUNCTIONS["ps_roi_align"](input, rois, **self._options())
 
 
 class DeformRoIPool(_RoILayer):
@@ -388,7 +393,7 @@ class DeformRoIPool(_RoILayer):
         self, input: Tensor, rois: Tensor | list[Tensor], offset: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
         """input (N, C, H, W), offset (R, 2, PH, PW), mask (R, PH, PW) -> (R, C, PH, PW)."""
-        return deform_roi_pool(input, rois, offset, mask, **self._options())
+        return FUNCTIONS["deform_roi_pool"](input, rois, offset, mask, **self._options())
 
 
 class DeformRoIPoolPack(DeformRoIPool):
@@ -462,7 +467,7 @@ class DeformPSRoIPool(_RoILayer):
 
     def forward(self, input: Tensor, rois: Tensor | list[Tensor], trans: Tensor | None = None) -> Tensor:
         """input (N, C, H, W), trans (R, 2*classes, part, part) -> (R, C/(G*G), PH, PW)."""
-        return deform_ps_roi_pool(input, rois, trans, **self._options())
+        return FUNCTIONS["deform_ps_roi_pool"](input, rois, trans, **self._options())
 
 
 class DeformPSRoIPoolPack(DeformPSRoIPool):
@@ -512,7 +517,7 @@ class DeformPSRoIPoolPack(DeformPSRoIPool):
         rois = rois_of(rois)
         conv = self.conv_offset
         fields = nn.functional.conv2d(features, _slower(conv.weight, self.beta), _slower(conv.bias, self.beta))  # type: ignore[arg-type]
-        return super().forward(scores, rois, ps_roi_pool(fields, rois, self.parts, self.spatial_scale))  # type: ignore[arg-type]
+        return super().forward(scores, rois, FUNCTIONS["ps_roi_pool"](fields, rois, self.parts, self.spatial_scale))  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------- a model that has torchvision's layers

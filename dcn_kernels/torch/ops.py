@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 import dcn_kernels
 from dcn_kernels import dtypes
 from dcn_kernels.dispatch import shapes
-from dcn_kernels.dispatch.call import call
+from dcn_kernels.dispatch.call import call, public
 from dcn_kernels.dispatch.row import Op, Params
 
 NAMESPACE = "dcn_kernels"
@@ -87,7 +87,7 @@ class Arguments:
 
 def arguments_of(op: Op) -> Arguments:
     """Read the plain function's signature."""
-    signature = inspect.signature(getattr(dcn_kernels, op.name))
+    signature = inspect.signature(public(op))
     kept = [parameter for name, parameter in signature.parameters.items() if name not in op.plain_only]
     names = [parameter.name for parameter in kept]
     params = tuple(name for name in names if name not in op.arrays)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import numpy as np
-from conftest import Backend, assert_close, cast
+from conftest import Backend, assert_close, cast, has_kernels
 
 import dcn_kernels
 from dcn_kernels.check.calls import output_shape, reduction_length
@@ -22,7 +20,7 @@ def run(backend: str) -> None:
     """Forward and all gradients, in every dtype, with and without atomics; every option in float32."""
     reference, tested = Backend("reference"), Backend(backend)
     for op in dcn_kernels.OPS.values():
-        if find_spec(f"dcn_kernels.cuda.{op.module}") is None:
+        if not has_kernels(op):
             continue
         samples = op.samples(0)
         first = max(samples, key=lambda sample: len(sample.arrays))
