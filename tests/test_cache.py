@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -78,3 +79,97 @@ def test_an_inner_function_has_no_machine_code_of_its_own() -> None:
     assert overload.library.get_pointer_to_function(overload.fndesc.llvm_func_name) == 0
     with pytest.raises(TypeError, match="twice: only compiled functions can call it"):
         twice(20)
+
+
+MODULE = """
+from dcn_kernels.cpu.jit import inner, kernel
+FACTOR = 2
+
+@inner
+def times(x):
+    return FACTOR * x
+
+@kernel
+def work(x):
+    return times(x) + 1
+"""
+
+
+@pytest.fixture
+def load(tmp_path: Path, monkeypatch):  # type: ignore[no-untyped-def]
+    """Import a module anew, as a new process would, with its cache beside it."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    path = tmp_path / "mill.py"
+
+    def load(text: str = MODULE):  # type: ignore[no-untyped-def]
+        path.write_text(text)
+        spec = importlib.util.spec_from_file_location("mill", path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+def kept(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("mill.work*.nbc"))
+
+
+def damage_truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def damage_empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def damage_random(path: Path) -> None:
+    path.write_bytes(np.random.default_rng(0).bytes(5000))
+
+
+def damage_one_bit(path: Path) -> None:
+    text = bytearray(path.read_bytes())
+    text[len(text) // 2] ^= 1
+    path.write_bytes(text)
+
+
+def damage_folder_in_its_place(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize(
+    "damage", [damage_truncate, damage_empty, damage_random, damage_one_bit, damage_folder_in_its_place]
+)
+def test_a_damaged_file_is_compiled_again(damage, load, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    assert load().work(20) == 41
+    (path,) = kept(tmp_path)
+    damage(path)
+    assert load().work(20) == 41
+    again = load()
+    assert again.work(20) == 41
+    assert len(again.work.stats.cache_hits) == (0 if path.is_dir() else 1)
+
+
+def test_a_kernel_that_cannot_be_kept_works(load, tmp_path: Path, monkeypatch, caplog) -> None:  # type: ignore[no-untyped-def]
+    def full(self, path):  # type: ignore[no-untyped-def]
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(jit._Files, "_open_for_write", full)
+    assert load().work(20) == 41
+    assert "cannot be kept" in caplog.text
+    assert not kept(tmp_path)
+
+
+def test_what_is_kept_is_named_by_the_code_that_was_compiled(load, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """The file may say something else by the time that what was loaded of it is compiled."""
+    edited = load(MODULE.replace("FACTOR = 2", "FACTOR = 3"))
+    (tmp_path / "mill.py").write_text(MODULE)  # restored before anything is compiled
+    assert edited.work(20) == 61
+    assert load().work(20) == 41
+    assert load(MODULE.replace("FACTOR * x", "FACTOR + x")).work(20) == 23
+    hit = load(MODULE.replace("FACTOR * x", "FACTOR + x"))
+    assert hit.work(20) == 23
+    assert sum(hit.work.stats.cache_hits.values()) == 1

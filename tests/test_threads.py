@@ -1,14 +1,27 @@
 """The CPU backend on several threads: the same bits at every number of them, from several callers, after a fork."""
 
+import ctypes
+import inspect
 import os
+import random
+import signal
+import sys
 import threading
+import time
+from queue import SimpleQueue
 
 import numpy as np
 import pytest
 
 from dcn_kernels import OPS, deform_conv2d
+<<<<<<< HEAD
 from dcn_kernels.cpu import deform_conv, threads
 from dcn_kernels.dispatch.call import call
+=======
+from dcn_kernels.cpu import deform_conv, jit, threads
+from dcn_kernels.cpu.threads import barrier, claim, join, leave
+from dcn_kernels.op import call
+>>>>>>> robust
 
 
 @pytest.fixture(autouse=True)
@@ -110,23 +123,151 @@ def test_a_process_forked_after_use_works():
     np.testing.assert_array_equal(deform_conv2d(**case, padding=1), expected)  # and the parent still does
 
 
-def test_a_failing_worker_raises_in_its_caller_and_frees_the_team():
-    def worker(thread, number, sync):
-        if thread == 1:
-            raise ArithmeticError("of thread 1")
+@jit.kernel
+def add_one(thread, number, sync, pieces, rounds, seen):
+    """Each piece gets 1 in each of `rounds` phases; seen[thread] counts what a thread did."""
+    if not join(thread, sync):
+        return
+    for _ in range(rounds):
+        piece = claim(sync)
+        while piece < len(pieces):
+            for i in range(pieces.shape[1]):
+                pieces[piece, i] += 1
+            seen[thread] += 1
+            piece = claim(sync)
+        barrier(sync)
+    leave(thread, sync)
 
-    with pytest.raises(ArithmeticError, match="of thread 1"):
-        threads.run(worker, 2)
-    seen = []
-    threads.run(lambda thread, number, sync: seen.append((thread, number)), 2)
-    assert sorted(seen) == [(0, 2), (1, 2)]
+
+def test_a_team_is_whoever_comes(monkeypatch):
+    """Helpers that never come, or fail before they begin, hold up nobody."""
+    pieces, seen = np.zeros((50, 10)), np.zeros(4, np.int64)
+    monkeypatch.setattr(threads, "_queues", [SimpleQueue() for _ in range(3)])  # nobody listens
+    threads.run(add_one, 4, pieces, 5, seen)
+    assert (pieces == 5).all()
+    assert seen.tolist() == [250, 0, 0, 0]
 
 
-def test_a_busy_team_leaves_a_call_to_its_own_thread():
-    seen = []
-    with threads._team:
-        threads.run(lambda thread, number, sync: seen.append((thread, number)), 4)
-    assert seen == [(0, 1)]
+def test_helpers_do_the_work_without_their_caller():
+    pieces, seen, sync = np.zeros((50, 10)), np.zeros(3, np.int64), np.zeros(24, np.int64)
+    team = [threading.Thread(target=add_one, args=(thread, 3, sync, pieces, 5, seen)) for thread in (1, 2)]
+    for helper in team:
+        helper.start()
+    for helper in team:
+        helper.join(60)
+    assert (pieces == 5).all()
+    add_one(0, 3, sync, pieces, 5, seen)  # the caller comes late: nothing is left to do, and nobody to wait for
+    assert (pieces == 5).all()
+    assert seen[0] == 0
+
+
+def test_threads_that_the_system_refuses_are_done_without(monkeypatch, caplog):
+    def refuse(*_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threads, "_queues", [])
+    monkeypatch.setattr(threads._thread, "start_new_thread", refuse)
+    pieces, seen = np.zeros((50, 10)), np.zeros(4, np.int64)
+    threads.run(add_one, 4, pieces, 5, seen)
+    assert (pieces == 5).all()
+    assert "1 threads of 4: the system starts no more" in caplog.text
+
+
+class Struck(Exception):
+    """Raised by a handler of a signal: no KeyboardInterrupt."""
+
+
+def strike(calls, most, deadline):
+    """Run `calls` while SIGALRM raises at random moments; returns how often it did."""
+    rng, struck = random.Random(0), 0
+
+    def handler(signum, frame):
+        raise Struck
+
+    before = signal.signal(signal.SIGALRM, handler)
+    end = time.monotonic() + deadline
+    try:
+        while struck < most and time.monotonic() < end:
+            try:
+                signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-5, 2e-3))
+                while True:
+                    calls()
+            except Struck:
+                struck += 1
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    return struck
+
+
+@pytest.mark.parametrize("most", [300, pytest.param(20_000, marks=pytest.mark.slow)])
+def test_interrupts_at_random_moments_neither_hang_nor_write_later(most):
+    threads.set_num_threads(3)
+    case = layer(C=16, O=16, OG=1)
+    expected = deform_conv2d(**case, padding=1)
+    out = np.empty_like(expected)
+    late = []
+
+    def calls():
+        try:
+            deform_conv2d(**case, padding=1, out=out)
+        except Struck:  # nobody may write any more
+            out[:] = 7
+            late.append(not (out == 7).all())
+            raise
+
+    assert strike(calls, most, 60) > 0
+    assert not any(late)
+    out[:] = 7
+    assert (out == 7).all()
+    np.testing.assert_array_equal(deform_conv2d(**case, padding=1), expected)
+
+
+def test_a_recursion_error_at_any_depth_leaves_the_team_usable():
+    threads.set_num_threads(2)
+    case = layer(C=16, O=16, OG=1, H=12, W=12)
+    expected = deform_conv2d(**case, padding=1)
+
+    def at(depth):
+        return deform_conv2d(**case, padding=1) if depth == 0 else at(depth - 1)
+
+    failed = 0
+    room = sys.getrecursionlimit() - len(inspect.stack(0))
+    for depth in range(room - 60, room):
+        try:
+            np.testing.assert_array_equal(at(depth), expected)
+        except RecursionError:
+            failed += 1
+    assert 0 < failed < 60
+    np.testing.assert_array_equal(deform_conv2d(**case, padding=1), expected)
+
+
+def test_exceptions_of_another_thread_do_not_hang_a_caller():
+    threads.set_num_threads(2)
+    case = layer(C=16, O=16, OG=1)
+    expected = deform_conv2d(**case, padding=1)
+    wrong, struck, stop = [], [], threading.Event()
+
+    def work():
+        while not stop.is_set():
+            try:
+                if not np.array_equal(deform_conv2d(**case, padding=1), expected):
+                    wrong.append(True)
+            except Struck:
+                struck.append(True)
+
+    caller = threading.Thread(target=work, daemon=True)
+    caller.start()
+    for _ in range(100):
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(caller.ident), ctypes.py_object(Struck))
+        deform_conv2d(**case, padding=1)
+        if not caller.is_alive():  # struck outside its try
+            break
+    stop.set()
+    caller.join(60)
+    assert not caller.is_alive()
+    assert not wrong
+    np.testing.assert_array_equal(deform_conv2d(**case, padding=1), expected)
 
 
 def test_number_of_threads_comes_from_the_call_then_the_environment_then_the_cores(monkeypatch):
@@ -139,30 +280,13 @@ def test_number_of_threads_comes_from_the_call_then_the_environment_then_the_cor
     assert threads.get_num_threads() == len(os.sched_getaffinity(0))
     with pytest.raises(ValueError, match="set_num_threads: threads: expected at least 1"):
         threads.set_num_threads(0)
+    monkeypatch.setenv("DCN_NUM_THREADS", "\u00b2")
+    with pytest.raises(ValueError, match="DCN_NUM_THREADS: expected a number of threads"):
+        threads.get_num_threads()
 
 
-def test_an_interrupt_waits_for_the_threads_that_still_write():
-    import signal
-    import time
-
-    finished = []
-
-    def worker(thread, number, sync):
-        if thread == 1:
-            time.sleep(0.5)
-            finished.append(thread)
-
-    def interrupt(signum, frame):
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGALRM, interrupt)
-    try:
-        signal.setitimer(signal.ITIMER_REAL, 0.1)
-        with pytest.raises(KeyboardInterrupt):
-            threads.run(worker, 2)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-    assert finished == [1]
-    threads.run(worker, 2)  # the team is free again, and nothing of the last call is taken for this one
-    assert finished == [1, 1]
+def test_more_threads_than_cores_are_used_and_warned_of(monkeypatch, caplog):
+    threads._warn_of_many.cache_clear()
+    monkeypatch.setenv("DCN_NUM_THREADS", "1000")
+    assert threads.get_num_threads() == 1000
+    assert "DCN_NUM_THREADS: 1000 threads on" in caplog.text

@@ -25,8 +25,13 @@ from dcn_kernels.cpu.gemm import CACHE_BYTES, DEPTH, LDA, MR, panel, rows_by_pan
 from dcn_kernels.cpu.jit import inner, kernel, stay_apart
 from dcn_kernels.cpu.sampling import corner_table, limits
 from dcn_kernels.cpu.slabs import Slabs, array_from, cut, described, numbers, round_up, stage, staged_pixels, turn
+<<<<<<< HEAD
 from dcn_kernels.cpu.threads import barrier, claim, get_num_threads, run, threads_for
 from dcn_kernels.dtypes import accumulator
+=======
+from dcn_kernels.cpu.threads import barrier, claim, get_num_threads, join, leave, run, threads_for
+from dcn_kernels.shapes import accumulator
+>>>>>>> robust
 
 FILTERS = 8  # packed together
 
@@ -100,6 +105,8 @@ def forward_worker(  # type: ignore[no-untyped-def]
     blocks,  # (threads, 16*64 + 64 or FILTERS*lanes*K)
 ):  # fmt: skip
     """One thread of the forward: a thread owns a tile of output pixels at a time."""
+    if not join(thread, sync):
+        return
     s, arrays = shape_from(numbers), numbers[SHAPE_FIELDS:]
     input, offset, mask = array_from(arrays, 0), array_from(arrays, 1), array_from(arrays, 2)
     weight, bias, out = array_from(arrays, 3), array_from(arrays, 4), array_from(arrays, 5)
@@ -125,7 +132,7 @@ def forward_worker(  # type: ignore[no-untyped-def]
                 b, slab = (item - to_pack) // slabs.shape[0], (item - to_pack) % slabs.shape[0]
                 stage(s, input, image + b, b, slab, slabs, staged, block)
             item = claim(sync)
-        barrier(threads, sync)
+        barrier(sync)
         item = claim(sync)
         while item < images * tiles:
             b, start = item // tiles, item % tiles * s.tile
@@ -152,7 +159,8 @@ def forward_worker(  # type: ignore[no-untyped-def]
                     )  # fmt: skip
                 write_tile(s, total, bias, out, image + b, group * per_group, per_group, start, count, block)
             item = claim(sync)
-        barrier(threads, sync)
+        barrier(sync)
+    leave(thread, sync)
 
 
 TILE_BYTES = min(max(CACHE_BYTES, 256 << 10), 2 << 20) * 3 // 4  # of one thread's tile

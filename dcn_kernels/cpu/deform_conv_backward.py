@@ -28,7 +28,7 @@ from dcn_kernels.cpu.gemm import DEPTH, LDA, MR, columns_by_rows, rows_by_panels
 from dcn_kernels.cpu.jit import inner, kernel, stay_apart, to_fixed_tuple
 from dcn_kernels.cpu.sampling import corner_table
 from dcn_kernels.cpu.slabs import array_from, load_pixels, round_up, stage, turn, unstage
-from dcn_kernels.cpu.threads import barrier, claim
+from dcn_kernels.cpu.threads import barrier, claim, join, leave
 
 
 @inner
@@ -204,6 +204,8 @@ def backward_worker(  # type: ignore[no-untyped-def]
     blocks,  # (threads, 16*64 or lanes*K)
 ):  # fmt: skip
     """One thread of the backward: a thread owns a range of slabs at a time."""
+    if not join(thread, sync):
+        return
     s, arrays = shape_from(numbers), numbers[SHAPE_FIELDS + 4 :]
     wanted = Wanted(*to_fixed_tuple(numbers[SHAPE_FIELDS : SHAPE_FIELDS + 4], 4))
     grad_output, input, offset = array_from(arrays, 0), array_from(arrays, 1), array_from(arrays, 2)
@@ -225,8 +227,9 @@ def backward_worker(  # type: ignore[no-untyped-def]
             size = grad_weight.size // s.O
             clear(address_of(grad_weight, 0, 0) + o * size * grad_weight.itemsize, size * grad_weight.itemsize)
         o = claim(sync)
-    barrier(threads, sync)
+    barrier(sync)
     if not sampling:
+        leave(thread, sync)
         return
 
     for image in range(0, s.N, s.images):
@@ -238,7 +241,7 @@ def backward_worker(  # type: ignore[no-untyped-def]
             if wanted.input:
                 clear(address_of(grad_staged, b, slab), plane * s.lanes * staged.itemsize)
             item = claim(sync)
-        barrier(threads, sync)
+        barrier(sync)
         for first_tile in range(0, images * tiles, chunk):
             last_tile = min(images * tiles, first_tile + chunk)
             used = (last_tile - first_tile) * s.tile
@@ -256,7 +259,7 @@ def backward_worker(  # type: ignore[no-untyped-def]
                         corners, weights = index[tile - first_tile], factor[tile - first_tile]
                         corner_table(y, x, m, count, s.H, s.W, limits, corners, weights, g * taps + k)
                 item = claim(sync)
-            barrier(threads, sync)
+            barrier(sync)
             # slab by slab: each range of slabs has one owner
             item = claim(sync)
             while item < s.OG * s.ranges:
@@ -273,7 +276,7 @@ def backward_worker(  # type: ignore[no-untyped-def]
                         packed[thread], slab_grad[thread], grad_columns[thread], columns[thread], block,
                     )  # fmt: skip
                 item = claim(sync)
-            barrier(threads, sync)
+            barrier(sync)
             if wanted.coordinates:
                 item = claim(sync)
                 while item < (last_tile - first_tile) * s.OG:
@@ -286,14 +289,14 @@ def backward_worker(  # type: ignore[no-untyped-def]
                             grad_offset, grad_mask, lines[thread],
                         )  # fmt: skip
                     item = claim(sync)
-                barrier(threads, sync)
+                barrier(sync)
         if wanted.input:
             item = claim(sync)
             while item < images * slabs.shape[0]:
                 b, slab = item // slabs.shape[0], item % slabs.shape[0]
                 unstage(s, grad_staged, b, slab, slabs, image + b, grad_input, block)
                 item = claim(sync)
-            barrier(threads, sync)
+            barrier(sync)
     if wanted.weight and address_of(grad_weight, 0, 0) != grad_weight_out.address:
         size = grad_weight.size // s.O
         o = claim(sync)
@@ -301,3 +304,4 @@ def backward_worker(  # type: ignore[no-untyped-def]
             to = grad_weight_out.address + o * grad_weight_out.s0
             store_run(grad_weight, o * size, size, to, grad_weight_out.kind)
             o = claim(sync)
+    leave(thread, sync)

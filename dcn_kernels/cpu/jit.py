@@ -1,20 +1,25 @@
-"""Compile kernels with Numba and cache them on disk under a hash of this folder's sources.
+"""Compile kernels with Numba and cache them on disk under a hash of the code that they are made of.
 
 Numba's own cache looks at the file of the decorated function alone; an edited function that is inlined from another
-file would go unnoticed. Here every source of the folder is part of the key.
+file would go unnoticed. Here all functions and constants that a kernel reaches are part of the key, as the process
+has loaded them: the files may say something else by the time it compiles.
 """
 
 from __future__ import annotations
 
+import glob
 import hashlib
-import inspect
 import logging
+import pickle
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from types import CodeType, FunctionType, SimpleNamespace
 from typing import Any
 
+import llvmlite
 import numba
+import numpy as np
 from numba import types
 from numba.core.caching import FunctionCache, IndexDataCacheFile, NullCache
 from numba.core.codegen import JITCodeLibrary
@@ -35,29 +40,128 @@ _njit: Any = numba.njit  # not all of its options are in its signature
 OPTIONS = {"error_model": "numpy", "fastmath": {"contract", "reassoc", "nsz"}}
 
 
-def _source_stamp() -> str:
-    digest = hashlib.sha256(numba.__version__.encode())
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+def _describe(thing: Any, seen: set[int], digest: Any) -> None:
+    """Add to `digest` all that a function is made of: its code, and by name what it refers to in this package."""
+    if hasattr(thing, "py_func"):  # compiled by Numba
+        digest.update(repr(sorted((k, str(v)) for k, v in thing.targetoptions.items() if k != "fastmath")).encode())
+        thing = thing.py_func
+    elif hasattr(thing, "_defn"):  # an intrinsic
+        thing = thing._defn
+    if isinstance(thing, bool | int | float | str | bytes | type(None)):
+        digest.update(f"{thing!r};".encode())
+    elif isinstance(thing, tuple | list):
+        for each in thing:
+            _describe(each, seen, digest)
+    elif isinstance(thing, set | frozenset):
+        digest.update(repr(sorted(map(repr, thing))).encode())
+    elif isinstance(thing, dict):
+        for key, value in thing.items():
+            digest.update(f"{key!r}:".encode())
+            _describe(value, seen, digest)
+    elif id(thing) in seen:
+        digest.update(getattr(thing, "__qualname__", "").encode())
+    elif isinstance(thing, FunctionType):
+        seen.add(id(thing))
+        names = _describe_code(thing.__code__, digest)
+        _describe([thing.__defaults__, thing.__kwdefaults__], seen, digest)
+        for cell in thing.__closure__ or ():
+            _describe(cell.cell_contents, seen, digest)
+        for name in sorted(names):
+            _describe(thing.__globals__.get(name), seen, digest)
+    elif isinstance(thing, type) and thing.__module__.partition(".")[0] == __name__.partition(".")[0]:
+        seen.add(id(thing))
+        for name, value in sorted(vars(thing).items()):
+            if isinstance(value, FunctionType | tuple | int | str) and name != "__doc__":
+                digest.update(name.encode())
+                _describe(value, seen, digest)
+    else:  # of NumPy, Numba or llvmlite, whose versions are in the stamp
+        digest.update(f"{getattr(thing, '__module__', '')}.{getattr(thing, '__name__', type(thing).__name__)}".encode())
+
+
+def _describe_code(code: CodeType, digest: Any) -> set[str]:
+    """Add a code object; returns the names that it looks up, those of functions inside it too."""
+    names = set(code.co_names)
+    digest.update(code.co_code + repr((code.co_names, code.co_varnames, code.co_freevars)).encode())
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            names |= _describe_code(constant, digest)
+        else:
+            _describe(constant, set(), digest)
+    return names
+
+
+def stamp(function: Callable[..., Any]) -> str:
+    """What the machine code of `function` follows from, as the process holds it: files may have changed since."""
+    digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__} {np.__version__} {sys.version}".encode())
+    for part in (function, OPTIONS, kernel, inner, spliced, _Part):
+        _describe(part, set(), digest)
     return digest.hexdigest()
 
 
-SOURCE_STAMP = _source_stamp()
+class _Files(IndexDataCacheFile):
+    """One file for each compiled signature, named by all that it follows from and headed by the hash of the rest.
+
+    There is no index that could speak of another file than the one that is there: sources may change, and several
+    processes of several versions may write, while a process runs. A file that is damaged counts as none.
+    """
+
+    def __init__(self, folder: str, base: str, function: Callable[..., Any]) -> None:
+        self._folder, self._base, self._function = Path(folder), base, function
+        self._stamp: str | None = None
+
+    def _path(self, key: Any) -> Path:
+        if self._stamp is None:
+            self._stamp = stamp(self._function)[:16]
+        name = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+        return self._folder / f"{self._base}.{self._stamp}.{name}.nbc"
+
+    def load(self, key: Any) -> Any:
+        path = self._path(key)
+        try:
+            text = path.read_bytes()
+        except OSError:
+            return None
+        head, data = text[:32], text[32:]
+        if head != hashlib.sha256(path.name.encode() + data).digest():
+            _log.warning("%s is damaged: thrown away", path)
+            return None
+        return pickle.loads(data)
+
+    def save(self, key: Any, data: Any) -> None:
+        path, text = self._path(key), self._dump(data)
+        with self._open_for_write(str(path)) as file:
+            file.write(hashlib.sha256(path.name.encode() + text).digest() + text)
+        for old in self._folder.glob(f"{glob.escape(self._base)}.*.nb[ci]"):
+            if not old.name.startswith(f"{self._base}.{self._stamp}."):
+                old.unlink(missing_ok=True)
+
+    def flush(self) -> None:
+        for path in self._folder.glob(f"{glob.escape(self._base)}.*.nb[ci]"):
+            path.unlink(missing_ok=True)
 
 
 class _FolderCache(FunctionCache):
-    """Numba's function cache, keyed by the folder's sources instead of one file's time and size."""
+    """Numba's function cache, with files of our own: whatever befalls them, the kernel is compiled."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__(function)
-        own = hashlib.sha256(Path(inspect.getfile(function)).read_bytes()).hexdigest()  # it may be of another folder
-        self._cache_file = IndexDataCacheFile(self.cache_path, self._impl.filename_base, SOURCE_STAMP + own)
+        self._cache_file = _Files(self.cache_path, self._impl.filename_base, function)
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
-        found = super().load_overload(sig, target_context)
+        try:
+            found = super().load_overload(sig, target_context)
+        except Exception as error:
+            _log.warning("%s: what is kept in %s cannot be used: %r", self._py_func.__name__, self.cache_path, error)
+            found = None
         if found is None:
             _say(self._py_func, f"once; kept in {self.cache_path}")
         return found
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        try:
+            super().save_overload(sig, data)
+        except OSError as error:  # the disk is full, the folder is gone
+            _log.warning("%s cannot be kept in %s: %s", self._py_func.__name__, self.cache_path, error)
 
 
 class _NoCache(NullCache):

@@ -16,8 +16,13 @@ from dcn_kernels.cpu.convert import store_run
 from dcn_kernels.cpu.jit import inner, kernel, stay_apart
 from dcn_kernels.cpu.sampling import corner_table, limits
 from dcn_kernels.cpu.slabs import array_from, described, load_pixels, numbers
+<<<<<<< HEAD
 from dcn_kernels.cpu.threads import barrier, claim, run, threads_for
 from dcn_kernels.dtypes import accumulator
+=======
+from dcn_kernels.cpu.threads import barrier, claim, join, leave, run, threads_for
+from dcn_kernels.shapes import accumulator
+>>>>>>> robust
 
 TILE = 512  # pixels whose corners are held at once
 BATCH = 8  # channels that share them
@@ -63,6 +68,8 @@ def forward_worker(  # type: ignore[no-untyped-def]
     lines,  # (threads, 4, TILE)
 ):  # fmt: skip
     """One thread of the forward: it owns a batch of one group's channels of one image at a time."""
+    if not join(thread, sync):
+        return
     s, arrays = shape_from(numbers), numbers[SHAPE_FIELDS:]
     input, offset = array_from(arrays, 0), array_from(arrays, 1)
     no_mask, out = array_from(arrays, 2), array_from(arrays, 3)
@@ -85,6 +92,7 @@ def forward_worker(  # type: ignore[no-untyped-def]
                 read_plane(planes[thread, c], index[thread], factor[thread], count, values)
                 store_run(values, 0, count, out.address + ((n * s.C + first + c) * pixels + start) * out.s3, out.kind)
         item = claim(sync)
+    leave(thread, sync)
 
 
 @kernel
@@ -100,6 +108,8 @@ def backward_worker(  # type: ignore[no-untyped-def]
     lines,  # (threads, 6, TILE)
 ):  # fmt: skip
     """One thread of the backward: it owns a range of one group's channels at a time."""
+    if not join(thread, sync):
+        return
     s, arrays = shape_from(numbers), numbers[SHAPE_FIELDS:]
     grad_output, input, offset = array_from(arrays, 0), array_from(arrays, 1), array_from(arrays, 2)
     no_mask, grad_input, grad_offset = array_from(arrays, 3), array_from(arrays, 4), array_from(arrays, 5)
@@ -145,7 +155,7 @@ def backward_worker(  # type: ignore[no-untyped-def]
                         grad_offset, no_mask, lines[thread],
                     )  # fmt: skip
             item = claim(sync)
-        barrier(threads, sync)
+        barrier(sync)
         item = claim(sync)
         while item < s.OG * tiles and s.ranges > 1 and grad_offset.address != 0:
             g, start = item // tiles, item % tiles * TILE
@@ -154,7 +164,8 @@ def backward_worker(  # type: ignore[no-untyped-def]
                 grad_offset, no_mask, lines[thread],
             )  # fmt: skip
             item = claim(sync)
-        barrier(threads, sync)
+        barrier(sync)
+    leave(thread, sync)
 
 
 def offset_sample2d(

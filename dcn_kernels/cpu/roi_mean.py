@@ -33,9 +33,14 @@ from dcn_kernels.cpu.roi_lanes import (
     grid_spreads,
 )
 from dcn_kernels.cpu.slabs import Array
+<<<<<<< HEAD
 from dcn_kernels.cpu.threads import claim, get_num_threads, run
 from dcn_kernels.dispatch.roi_rules import Rule
 from dcn_kernels.dtypes import accumulator
+=======
+from dcn_kernels.cpu.threads import claim, get_num_threads, join, leave, run
+from dcn_kernels.shapes import accumulator
+>>>>>>> robust
 
 DIRECT_BYTES = 2 << 20  # of maps read in place, of which a RoI reads a part: a bin's lines then serve several channels
 BLOCK_BYTES = 512 << 10  # of the map's values that a thread works on at a time: half a second-level cache of 1 MiB
@@ -147,6 +152,8 @@ def forward_worker(  # type: ignore[no-untyped-def]
     thread, threads, sync, s, constants, units, order, first_of, rois, offset, mask, input, planes, out,
     staged, pooled, line, index, weight, slope, found, number,
 ):  # fmt: skip
+    if not join(thread, sync):
+        return
     maps, images, bins, pixels = s.groups_h * s.groups_w, first_of.shape[0] - 1, s.PH * s.PW, s.H * s.W
     itemsize, scale, factor = weight.itemsize, constants[0], constants[1]
     source = planes if s.direct else staged
@@ -215,6 +222,7 @@ def forward_worker(  # type: ignore[no-untyped-def]
                                 j += 1
                 store_pooled(s, pooled, to, r, c0, count, out, line, line_at)
         item = claim(sync)
+    leave(thread, sync)
 
 
 @exact  # a sum that may be reordered becomes vectors with gathers: slow for the few pixels of a bin
@@ -238,6 +246,8 @@ def backward_worker(  # type: ignore[no-untyped-def]
     grad_planes, grad_input, part_offset, part_mask, staged, grad_staged, pooled, line, dots, index, weight, slope,
     found, number,
 ):  # fmt: skip
+    if not join(thread, sync):
+        return
     maps, images, bins, pixels = s.groups_h * s.groups_w, first_of.shape[0] - 1, s.PH * s.PW, s.H * s.W
     itemsize, scale, factor = weight.itemsize, constants[0], constants[1]
     zero, one = constants.dtype.type(0), constants.dtype.type(1)
@@ -341,6 +351,7 @@ def backward_worker(  # type: ignore[no-untyped-def]
             if wanted.input and not s.direct:
                 store_block(s, target, target_at, n, c0, count, grad_input, line, line_at)
         item = claim(sync)
+    leave(thread, sync)
 
 
 @exact

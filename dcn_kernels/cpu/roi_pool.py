@@ -19,9 +19,14 @@ from dcn_kernels.cpu.roi_blocks import expect, load_block, load_pooled, store_bl
 from dcn_kernels.cpu.roi_lanes import LANES, SLABS, grid_argmax, grid_max, grid_maxima, rect_add, rect_sum
 from dcn_kernels.cpu.roi_mean import Plan, array, buffers, extent, mean, mean_backward, plan, score_map, slabs_of
 from dcn_kernels.cpu.slabs import load_pixels
+<<<<<<< HEAD
 from dcn_kernels.cpu.threads import barrier, claim, run
 from dcn_kernels.dispatch import roi_rules
 from dcn_kernels.dispatch.shapes import argmax_error
+=======
+from dcn_kernels.cpu.threads import barrier, claim, join, leave, run
+from dcn_kernels.shapes import argmax_error
+>>>>>>> robust
 
 
 @inner
@@ -43,6 +48,8 @@ def max_worker(  # type: ignore[no-untyped-def]
     thread, threads, sync, s, constants, units, order, first_of, rois, input, out, argmax, with_argmax,
     staged, pooled, line, edges, where,
 ):  # fmt: skip
+    if not join(thread, sync):
+        return
     images, bins, pixels = first_of.shape[0] - 1, s.PH * s.PW, s.H * s.W
     zero, itemsize = constants.dtype.type(0), constants.itemsize
     block, to = staged.shape[0] // threads * thread, pooled.shape[0] // threads * thread
@@ -99,6 +106,7 @@ def max_worker(  # type: ignore[no-untyped-def]
                 j += several
             store_pooled(s, pooled, to, r, c0, count, out, line, line_at)
         item = claim(sync)
+    leave(thread, sync)
 
 
 @kernel
@@ -106,6 +114,8 @@ def max_backward_worker(  # type: ignore[no-untyped-def]
     thread, threads, sync, s, constants, units, order, first_of, rois, input, grad, grad_input,
     staged, grad_staged, pooled, line, edges, where,
 ):  # fmt: skip
+    if not join(thread, sync):
+        return
     images, bins, pixels = first_of.shape[0] - 1, s.PH * s.PW, s.H * s.W
     zero, itemsize = constants.dtype.type(0), constants.itemsize
     block, size = staged.shape[0] // threads * thread, staged.shape[0] // threads
@@ -144,6 +154,7 @@ def max_backward_worker(  # type: ignore[no-untyped-def]
         if first_of[n + 1] > first_of[n]:
             store_block(s, grad_staged, block, n, c0, count, grad_input, line, line_at)
         item = claim(sync)
+    leave(thread, sync)
 
 
 @kernel
@@ -151,6 +162,8 @@ def argmax_backward_worker(  # type: ignore[no-untyped-def]
     thread, threads, sync, s, units, order, first_of, argmax, grad, grad_input, grad_staged, pooled, wrong
 ):
     """With a given argmax; wrong[thread] becomes an index that is no pixel's, if there is one."""
+    if not join(thread, sync):
+        return
     images, bins, pixels = first_of.shape[0] - 1, s.PH * s.PW, s.H * s.W
     block, size = grad_staged.shape[0] // threads * thread, grad_staged.shape[0] // threads
     held, itemsize, argmax0 = pooled.shape[0] // threads * thread, pooled.itemsize, argmax.ctypes.data
@@ -179,6 +192,7 @@ def argmax_backward_worker(  # type: ignore[no-untyped-def]
                         wrong[thread] = bad
             store_block(s, grad_staged, block, n, c0, count, grad_input, pooled, held)
         item = claim(sync)
+    leave(thread, sync)
 
 
 @inner
@@ -203,7 +217,9 @@ def rect_worker(  # type: ignore[no-untyped-def]
     thread, threads, sync, s, constants, units, order, first_of, rois, input, planes, out, staged, pooled, line, edges
 ):  # fmt: skip
     """ps_roi_pool: one channel at a time, eight pixels of a row at once. The bins' edges are found once for all."""
-    all_edges(thread, threads, sync, s, constants, rois, edges)
+    if not join(thread, sync):
+        return
+    all_edges(sync, s, constants, rois, edges)
     maps, images, bins, pixels = s.groups_h * s.groups_w, first_of.shape[0] - 1, s.PH * s.PW, s.H * s.W
     zero, one, itemsize = constants.dtype.type(0), constants.dtype.type(1), constants.itemsize
     source = planes if s.direct else staged
@@ -239,6 +255,7 @@ def rect_worker(  # type: ignore[no-untyped-def]
                         poke(place + c * bins * itemsize, total * share)
             store_pooled(s, pooled, to, r, c0, count, out, line, line_at)
         item = claim(sync)
+    leave(thread, sync)
 
 
 @kernel
@@ -246,7 +263,9 @@ def rect_backward_worker(  # type: ignore[no-untyped-def]
     thread, threads, sync, s, constants, units, order, first_of, rois, grad, grad_input, grad_planes, grad_staged,
     pooled, line, edges,
 ):  # fmt: skip
-    all_edges(thread, threads, sync, s, constants, rois, edges)
+    if not join(thread, sync):
+        return
+    all_edges(sync, s, constants, rois, edges)
     maps, images, bins, pixels = s.groups_h * s.groups_w, first_of.shape[0] - 1, s.PH * s.PW, s.H * s.W
     zero, one, itemsize = constants.dtype.type(0), constants.dtype.type(1), constants.itemsize
     target = grad_planes if s.direct else grad_staged
@@ -285,15 +304,18 @@ def rect_backward_worker(  # type: ignore[no-untyped-def]
         if some and not s.direct:
             store_block(s, target, at, n, c0, count, grad_input, line, line_at)
         item = claim(sync)
+    leave(thread, sync)
 
 
 @inner
-def all_edges(thread, threads, sync, s, constants, rois, edges):  # type: ignore[no-untyped-def]
+def all_edges(sync, s, constants, rois, edges):  # type: ignore[no-untyped-def]
     """Every RoI's edges, found by all threads together."""
     per_roi = edges.shape[0] // rois.shape[0]
-    for r in range(thread, rois.shape[0], threads):
+    r = claim(sync)
+    while r < rois.shape[0]:
         find_edges(s, rois, r, constants[0], edges, r * per_roi)
-    barrier(threads, sync)
+        r = claim(sync)
+    barrier(sync)
 
 
 # ---------------------------------------------------------------- from Python

@@ -2,16 +2,22 @@
 
 Threads are plain Python threads: the workers hold no GIL. Unlike Numba's own pools this needs no threading library,
 may be called from several Python threads, and survives a fork. A worker is called as
-``worker(thread, threads, sync, *args)``; inside, `claim` hands out the next piece of work and `barrier` waits for all.
+``worker(thread, threads, sync, *args)``; its first step is `join` and its last `leave`;
+between them `claim` hands out the next piece of work and `barrier` waits for all who joined. A team is whoever comes
+before the first barrier: no thread is counted on, so none that fails or is late can hold up the others.
 What a worker writes must not depend on which thread claimed which piece: then results are the same, bit by bit, at
 every number of threads.
 """
 
 from __future__ import annotations
 
+import _thread
+import logging
 import os
-import threading
+from collections import deque
 from collections.abc import Callable
+from functools import lru_cache
+from itertools import chain, repeat
 from queue import SimpleQueue
 from typing import Any
 
@@ -21,9 +27,16 @@ from numba import types
 
 from dcn_kernels.cpu.jit import inner, intrinsic, spliced
 
-_WAITING, _GENERATION, _CLAIMED = 0, 8, 16  # each on a cache line of its own
+_TEAM, _GENERATION, _CLAIMED = 0, 8, 16  # each on a cache line of its own
 _SYNC_SIZE = 24
+# The team in one number, so that a step changes all of it: how many joined, wait at the barrier, have left; and whether
+# it takes no more.
+_FIELD, _JOINED, _WAITING, _LEFT, _CLOSED = 0xFFFF, 1, 1 << 16, 1 << 32, 1 << 48
 FLOPS_A_THREAD = 4e6
+MOST = 1 << 14  # threads; their count has 16 bits
+
+
+_log = logging.getLogger("dcn_kernels")
 
 
 @intrinsic
@@ -70,15 +83,68 @@ def claim(sync):  # type: ignore[no-untyped-def]
     return _atomic_add(sync, _CLAIMED, 1)
 
 
+@intrinsic
+def _replace(typingctx, array, index, old, new):  # type: ignore[no-untyped-def]
+    """Make array[index] `new` if it is `old`; returns whether it was."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        struct = context.make_array(signature.args[0])(context, builder, args[0])
+        place = builder.gep(struct.data, [args[1]])
+        return builder.extract_value(builder.cmpxchg(place, args[2], args[3], "seq_cst", "seq_cst"), 1)
+
+    return types.boolean(array, types.intp, types.int64, types.int64), codegen
+
+
 @inner
-def barrier(threads, sync):  # type: ignore[no-untyped-def]
-    """Wait until all threads are here; claims start at 0 again."""
+def join(thread, sync):  # type: ignore[no-untyped-def]
+    """Become one of the team, if it still takes threads; a worker that may not must return at once.
+
+    The caller's own thread, 0, may find the work done without it: then it waits here until the others have left.
+    """
+    team = _atomic_load(sync, _TEAM)
+    while team & _CLOSED == 0:
+        if _replace(sync, _TEAM, team, team + _JOINED):
+            return True
+        team = _atomic_load(sync, _TEAM)
+    if thread == 0:
+        _all_left(sync)
+    return False
+
+
+@inner
+def leave(thread, sync):  # type: ignore[no-untyped-def]
+    """The worker's last word. The caller's thread takes no more into the team and stays until all have left."""
+    _atomic_add(sync, _TEAM, _LEFT)
+    if thread == 0:
+        team = _atomic_load(sync, _TEAM)
+        while not _replace(sync, _TEAM, team, team | _CLOSED):
+            team = _atomic_load(sync, _TEAM)
+        _all_left(sync)
+
+
+@inner
+def _all_left(sync):  # type: ignore[no-untyped-def]
+    spins, team = 0, _atomic_load(sync, _TEAM)
+    while team & _FIELD != (team // _LEFT) & _FIELD:
+        spins += 1
+        if spins > 200:
+            _give_way()
+        team = _atomic_load(sync, _TEAM)
+
+
+@inner
+def barrier(sync):  # type: ignore[no-untyped-def]
+    """Wait until all of the team are here; claims start at 0 again. Nobody joins after the first barrier."""
     generation = _atomic_load(sync, _GENERATION)
-    if _atomic_add(sync, _WAITING, 1) == threads - 1:
-        _atomic_add(sync, _CLAIMED, -_atomic_load(sync, _CLAIMED))
-        _atomic_add(sync, _WAITING, -threads)
-        _atomic_add(sync, _GENERATION, 1)
-        return
+    while True:
+        team = _atomic_load(sync, _TEAM)
+        if (team // _WAITING) & _FIELD == (team & _FIELD) - 1:  # the last to come
+            if _replace(sync, _TEAM, team, (team & (_FIELD | _LEFT * _FIELD)) | _CLOSED):
+                _atomic_add(sync, _CLAIMED, -_atomic_load(sync, _CLAIMED))
+                _atomic_add(sync, _GENERATION, 1)
+                return
+        elif _replace(sync, _TEAM, team, team + _WAITING):
+            break
     spins = 0
     while _atomic_load(sync, _GENERATION) == generation:
         spins += 1
@@ -88,51 +154,27 @@ def barrier(threads, sync):  # type: ignore[no-untyped-def]
 
 # ---------------------------------------------------------------- from Python
 
-
-class _Helper:
-    """A thread that waits for workers to run."""
-
-    def __init__(self) -> None:
-        self.todo: SimpleQueue[tuple[Callable[..., Any], tuple[Any, ...], list[Any], SimpleQueue[None]]] = SimpleQueue()
-        threading.Thread(target=self._loop, name="dcn-kernels", daemon=True).start()
-
-    def _loop(self) -> None:
-        while True:
-            worker, args, finished, wake = self.todo.get()
-            try:
-                worker(*args)
-                failure = None
-            except BaseException as error:  # carried to the caller
-                failure = error
-            del worker, args  # their arrays are the caller's to free
-            finished.append(failure)
-            wake.put(None)
+_Job = list[Any]  # a worker and its arguments; nothing once the call is over
+_queues: list[SimpleQueue[tuple[int, _Job]]] = []  # of the helpers
+_threads: int | None = None
 
 
-def _wait(finished: list[Any], started: int, wake: SimpleQueue[None]) -> None:
-    """Wait for all started threads, also through an interrupt: they still write the caller's arrays."""
-    interrupt = None
+def _help(todo: SimpleQueue[tuple[int, _Job]]) -> None:
+    """What a helper thread does. A helper that fails has not joined its team, which does the work without it."""
     while True:
         try:
-            while len(finished) < started:
-                wake.get()
-            break
-        except KeyboardInterrupt as error:
-            interrupt = error
-    if interrupt is not None:
-        raise interrupt
-
-
-_helpers: list[_Helper] = []
-_team = threading.Lock()
-_threads: int | None = None
+            thread, job = todo.get()
+            if job:
+                worker, threads, sync, args = job
+                worker(thread, threads, sync, *args)
+        except BaseException as error:
+            _log.debug("a helper thread could not help: %r", error)
+        thread = job = worker = sync = args = None  # type: ignore[assignment] # the arrays are the caller's to free
 
 
 def _after_fork() -> None:
     """Threads do not survive a fork: start anew in the child."""
-    global _team
-    _helpers.clear()
-    _team = threading.Lock()
+    _queues.clear()
 
 
 os.register_at_fork(after_in_child=_after_fork)
@@ -144,10 +186,23 @@ def get_num_threads() -> int:
         return _threads
     setting = os.environ.get("DCN_NUM_THREADS")
     if setting:
-        if not setting.isdigit() or int(setting) < 1:
-            raise ValueError(f"DCN_NUM_THREADS: expected a number of threads of at least 1, got {setting!r}")
+        if not (setting.isascii() and setting.isdigit() and len(setting) < 7 and 1 <= int(setting) <= MOST):
+            raise ValueError(f"DCN_NUM_THREADS: expected a number of threads of 1 to {MOST}, got {setting!r}")
+        _warn_of_many(int(setting))
         return int(setting)
+    return cores()
+
+
+def cores() -> int:
+    """How many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@lru_cache(maxsize=16)
+def _warn_of_many(threads: int) -> None:
+    """Say it once where threads are to share cores; they stay as many as asked for, which tests need."""
+    if threads > cores():
+        _log.warning("DCN_NUM_THREADS: %d threads on %d cores wait for each other", threads, cores())
 
 
 def threads_for(flops: float, available: int | None = None) -> int:
@@ -158,36 +213,47 @@ def threads_for(flops: float, available: int | None = None) -> int:
 def set_num_threads(threads: int | None) -> None:
     """Use this many threads in all later calls of this process; None goes back to the default."""
     global _threads
-    if threads is not None and (not isinstance(threads, int) or threads < 1):
-        raise ValueError(f"set_num_threads: threads: expected at least 1 or None, got {threads!r}")
+    if threads is not None and (not isinstance(threads, int) or not 1 <= threads <= MOST):
+        raise ValueError(f"set_num_threads: threads: expected at least 1 and at most {MOST}, or None, got {threads!r}")
     _threads = threads
 
 
 def run(worker: Callable[..., Any], threads: int, *args: Any) -> None:
-    """Run `worker(thread, threads, sync, *args)` on `threads` threads and wait for all.
+    """Run `worker(thread, threads, sync, *args)` on up to `threads` threads, and return when none works any more.
 
-    The threads are one team: a call that comes while it is busy runs on its caller's thread alone.
+    Whatever is raised, and whenever, nobody waits for a thread that does not come and nobody leaves before one that
+    did. The worker is compiled or loaded here, before any helper hears of it. Then the helpers are woken and the caller
+    does its own part in one step of the interpreter, within which it runs no handler of a signal. The caller's part is
+    machine code that ends when all who joined have left; it needs no helper, and helpers need no caller.
     """
     sync = np.zeros(_SYNC_SIZE, np.int64)
-    if threads == 1 or not _team.acquire(blocking=False):
+    if threads == 1:
         worker(0, 1, sync, *args)
         return
+    sync[_TEAM] = _CLOSED
+    worker(0, threads, sync, *args)  # compiles or loads it, and finds that nothing is to be done
+    queues = _queues_of(threads - 1)
+    sync[_TEAM] = 0
+    job: _Job = [worker, threads, sync, args]
+    wake = map(SimpleQueue.put, queues, zip(range(1, threads), repeat(job)))
+    own = map(worker, *((each,) for each in (0, threads, sync, *args)))
     try:
-        while len(_helpers) < threads - 1:
-            _helpers.append(_Helper())
-        team = [helper.todo for helper in _helpers[: threads - 1]]
-        finished: list[BaseException | None] = []
-        wake: SimpleQueue[None] = SimpleQueue()
-        jobs = [(worker, (thread, threads, sync, *args), finished, wake) for thread in range(1, threads)]
-        started: list[None] = []
-        try:
-            started.extend(map(SimpleQueue.put, team, jobs))  # one step to an interrupt: all threads start, or none
-            if started:
-                worker(0, threads, sync, *args)
-        finally:
-            _wait(finished, len(started), wake)
-        for failure in finished:
-            if failure is not None:
-                raise failure
+        deque(chain(wake, own), maxlen=0)
+    except BaseException:
+        worker(0, threads, sync, *args)  # returns when all have left; no memory was left to wake them, if that
+        raise
     finally:
-        _team.release()
+        job.clear()
+
+
+def _queues_of(helpers: int) -> list[SimpleQueue[tuple[int, _Job]]]:
+    """The queues of so many helper threads, or of as many as the system lets us start."""
+    while len(_queues) < helpers:
+        todo: SimpleQueue[tuple[int, _Job]] = SimpleQueue()
+        try:
+            _thread.start_new_thread(_help, (todo,))
+        except RuntimeError as error:
+            _log.warning("%d threads of %d: the system starts no more (%s)", len(_queues) + 1, helpers + 1, error)
+            break
+        _queues.append(todo)
+    return _queues[:helpers]
