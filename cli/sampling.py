@@ -148,22 +148,36 @@ def _array(path: str) -> Any:
     import numpy as np
 
     try:
-        found = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        found = np.load(path, mmap_mode="r", allow_pickle=False)  # a header that promises more than the file is refused
+    except Exception as error:  # NumPy evaluates the header, which may be anything
         why = getattr(error, "strerror", None) or str(error)
         why = "no .npy file" if "pickle" in why else why  # NumPy takes all else for a pickle
         console.fail(f"--offset: cannot read {path}: {why}")
     if not isinstance(found, np.ndarray) or found.ndim != 4:
         console.fail(f"--offset: {path}: expected one array (N, 2*OG*K, OH, OW), got {getattr(found, 'shape', found)}")
-    return found
+    if not found.size:
+        console.fail(f"--offset: {path}: expected at least one offset, got the shape {found.shape}")
+    return np.asarray(found)
+
+
+_MOST_PIXELS = 1 << 24  # drawing takes about 75 bytes for each
 
 
 def _picture(path: str) -> Any:
+    import warnings
+
     import matplotlib.image
+    from PIL import Image
 
     try:
-        return matplotlib.image.imread(path)
-    except (OSError, ValueError, SyntaxError) as error:  # Pillow calls a broken PNG a SyntaxError
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of sizes that are refused here
+            with Image.open(path) as opened:  # reads the size, and no pixel
+                width, height = opened.size
+            if width * height > _MOST_PIXELS:
+                console.fail(f"--image: {path}: expected at most {_MOST_PIXELS:,} pixels, got {width} x {height}")
+            return matplotlib.image.imread(path)
+    except Exception as error:  # a damaged file makes its decoder raise anything
         console.fail(f"--image: cannot read {path}: {getattr(error, 'strerror', None) or error}")
 
 

@@ -286,6 +286,8 @@ def read_toml(path: str) -> dict[str, Layer]:
         raise ValueError("expected tables [layers.NAME] with op and sizes")
     layers = {}
     for name, table in tables.items():
+        if not name.isprintable():
+            raise ValueError(f"layers.{name!a}: expected a name without control characters")
         if not isinstance(table, dict):
             raise ValueError(f"layers.{name}: expected a table")
         sizes = dict(table)

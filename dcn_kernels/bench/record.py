@@ -88,6 +88,8 @@ AGAINST_FIELDS: dict[str, tuple[Any, str]] = {
 }
 
 
+MOST_SAMPLES = 2000  # of a row; its bootstrap takes memory for 2000 times as many
+_MOST_BYTES = 32 << 20  # of a file
 LATER = ("cold_ms", "start_ms")  # fields that the first records lack
 
 
@@ -115,6 +117,7 @@ def make(rows: list[dict[str, Any]], settings: dict[str, Any], peers: dict[str, 
 
 def check(record: Any, name: str = "record") -> Record:
     """The record itself; BadRecord naming the field where it does not fit the schema."""
+    _check_text(record, name)
     if not isinstance(record, dict) or record.get("kind") != KIND:
         raise BadRecord(f"{name}: not a record of {KIND}")
     if record.get("schema") != SCHEMA:
@@ -155,9 +158,24 @@ def _check_fields(found: dict[str, Any], fields: dict[str, tuple[Any, str]], whe
             raise BadRecord(f"{where}: {field}: expected a finite number")
 
 
+def _check_text(record: Any, name: str) -> None:
+    """Every word can be written to a file and shown in a terminal without steering it."""
+    left = [record]
+    while left:  # deeper than Python may recurse
+        found = left.pop()
+        if isinstance(found, str) and not found.isprintable():
+            raise BadRecord(f"{name}: expected text without control characters, got {found[:40]!a}")
+        if isinstance(found, (dict, list)):
+            left.extend(found)
+        if isinstance(found, dict):
+            left.extend(found.values())
+
+
 def _check_times(found: dict[str, Any], where: str) -> None:
     if not _positive(found["median_ms"]):
         raise BadRecord(f"{where}: median_ms: expected a positive number")
+    if len(found["samples_ms"]) > MOST_SAMPLES:
+        raise BadRecord(f"{where}: samples_ms: expected at most {MOST_SAMPLES}")
     if not found["samples_ms"] or not all(map(_positive, found["samples_ms"])):
         raise BadRecord(f"{where}: samples_ms: expected positive numbers")
 
@@ -169,7 +187,11 @@ def _positive(value: Any) -> bool:
 def read(path: str | Path) -> Record:
     """A checked record; BadRecord with one line that says what is wrong with the file."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        with Path(path).open("rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+        if len(content) > _MOST_BYTES:
+            raise BadRecord(f"{path}: larger than {_MOST_BYTES >> 20} MiB")
+        text = content.decode()
     except OSError as error:
         raise BadRecord(f"{path}: {error.strerror or error}") from None
     except UnicodeDecodeError:
@@ -278,7 +300,8 @@ def markdown(record: Record) -> str:
     """The record's table in Markdown."""
     columns, rows, right = cells(record)
     marks = ["---:" if column in right else "---" for column in columns]
-    lines = ["| " + " | ".join(line) + " |" for line in [columns, marks, *rows]]
+    cells_of = [[cell.replace("|", "\\|") for cell in row] for row in [columns, marks, *rows]]
+    lines = ["| " + " | ".join(line) + " |" for line in cells_of]
     return f"{caption(record)}\n\n" + "\n".join(lines) + "\n"
 
 
