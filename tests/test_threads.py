@@ -14,14 +14,9 @@ import numpy as np
 import pytest
 
 from dcn_kernels import OPS, deform_conv2d
-<<<<<<< HEAD
-from dcn_kernels.cpu import deform_conv, threads
-from dcn_kernels.dispatch.call import call
-=======
 from dcn_kernels.cpu import deform_conv, jit, threads
 from dcn_kernels.cpu.threads import barrier, claim, join, leave
-from dcn_kernels.op import call
->>>>>>> robust
+from dcn_kernels.dispatch.call import call
 
 
 @pytest.fixture(autouse=True)

@@ -25,13 +25,8 @@ from dcn_kernels.cpu.gemm import CACHE_BYTES, DEPTH, LDA, MR, panel, rows_by_pan
 from dcn_kernels.cpu.jit import inner, kernel, stay_apart
 from dcn_kernels.cpu.sampling import corner_table, limits
 from dcn_kernels.cpu.slabs import Slabs, array_from, cut, described, numbers, round_up, stage, staged_pixels, turn
-<<<<<<< HEAD
-from dcn_kernels.cpu.threads import barrier, claim, get_num_threads, run, threads_for
-from dcn_kernels.dtypes import accumulator
-=======
 from dcn_kernels.cpu.threads import barrier, claim, get_num_threads, join, leave, run, threads_for
-from dcn_kernels.shapes import accumulator
->>>>>>> robust
+from dcn_kernels.dtypes import accumulator
 
 FILTERS = 8  # packed together
 

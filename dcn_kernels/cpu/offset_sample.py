@@ -16,13 +16,8 @@ from dcn_kernels.cpu.convert import store_run
 from dcn_kernels.cpu.jit import inner, kernel, stay_apart
 from dcn_kernels.cpu.sampling import corner_table, limits
 from dcn_kernels.cpu.slabs import array_from, described, load_pixels, numbers
-<<<<<<< HEAD
-from dcn_kernels.cpu.threads import barrier, claim, run, threads_for
-from dcn_kernels.dtypes import accumulator
-=======
 from dcn_kernels.cpu.threads import barrier, claim, join, leave, run, threads_for
-from dcn_kernels.shapes import accumulator
->>>>>>> robust
+from dcn_kernels.dtypes import accumulator
 
 TILE = 512  # pixels whose corners are held at once
 BATCH = 8  # channels that share them

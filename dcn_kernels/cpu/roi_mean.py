@@ -33,14 +33,9 @@ from dcn_kernels.cpu.roi_lanes import (
     grid_spreads,
 )
 from dcn_kernels.cpu.slabs import Array
-<<<<<<< HEAD
-from dcn_kernels.cpu.threads import claim, get_num_threads, run
+from dcn_kernels.cpu.threads import claim, get_num_threads, join, leave, run
 from dcn_kernels.dispatch.roi_rules import Rule
 from dcn_kernels.dtypes import accumulator
-=======
-from dcn_kernels.cpu.threads import claim, get_num_threads, join, leave, run
-from dcn_kernels.shapes import accumulator
->>>>>>> robust
 
 DIRECT_BYTES = 2 << 20  # of maps read in place, of which a RoI reads a part: a bin's lines then serve several channels
 BLOCK_BYTES = 512 << 10  # of the map's values that a thread works on at a time: half a second-level cache of 1 MiB

@@ -19,14 +19,9 @@ from dcn_kernels.cpu.roi_blocks import expect, load_block, load_pooled, store_bl
 from dcn_kernels.cpu.roi_lanes import LANES, SLABS, grid_argmax, grid_max, grid_maxima, rect_add, rect_sum
 from dcn_kernels.cpu.roi_mean import Plan, array, buffers, extent, mean, mean_backward, plan, score_map, slabs_of
 from dcn_kernels.cpu.slabs import load_pixels
-<<<<<<< HEAD
-from dcn_kernels.cpu.threads import barrier, claim, run
+from dcn_kernels.cpu.threads import barrier, claim, join, leave, run
 from dcn_kernels.dispatch import roi_rules
 from dcn_kernels.dispatch.shapes import argmax_error
-=======
-from dcn_kernels.cpu.threads import barrier, claim, join, leave, run
-from dcn_kernels.shapes import argmax_error
->>>>>>> robust
 
 
 @inner
