@@ -21,7 +21,8 @@ from click.testing import CliRunner
 from conftest import ROOT
 from dcn_kernels.cli import bench, sampling
 
-from dcn_kernels import environment, profiling, record
+from dcn_kernels import environment
+from dcn_kernels.bench import profiling, record
 
 COUNT = 500
 SECONDS, BYTES = 5.0, 1 << 30  # of one mutation, of all

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 from pathlib import Path
 
 import pytest
@@ -93,3 +94,13 @@ def test_no_module_of_the_top_level_bears_a_function_s_name() -> None:
     functions = {name for name in dcn_kernels.__all__ if inspect.isfunction(getattr(dcn_kernels, name))}
     assert functions
     assert not functions & {module.split(".")[1] for module in MODULES if module.count(".") == 1}
+
+
+def test_contributing_names_every_room_and_only_files_that_exist() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    for room in FLOOR:
+        assert f"`{room}/`" in text or f"`{room}.py`" in text, room
+    named = set(re.findall(r"`((?:[a-z_]+/)+[a-z_]+\.(?:py|cuh|cu|toml))`", text))
+    assert named
+    for path in named:
+        assert any((ROOT / base / path).is_file() for base in ("", "dcn_kernels")), path
