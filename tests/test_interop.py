@@ -374,3 +374,15 @@ def test_offsets_of_pytorch_deform_conv_v2(kernel: int, stride: int) -> None:
     ours = dcn_kernels.convert_offsets(offset, source="split_yx") - (kernel - 3) / 2
     got = dcn_kernels.deform_conv2d(image, ours, weight, None, stride, pad, 1, mask)
     np.testing.assert_allclose(got, want, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", range(1, 40))
+def test_memory_for_other_frameworks_is_aligned_to_64_bytes(size: int) -> None:
+    """TensorFlow ends the process at the first reduction over any other."""
+    from dcn_kernels.dispatch.arrays import _aligned
+
+    whole = np.arange(size + 1, dtype=np.float32)
+    for array in (whole[1:], whole[:size].reshape(size, 1)):
+        aligned = _aligned(array)
+        assert aligned.ctypes.data % 64 == 0 and aligned.flags.c_contiguous
+        np.testing.assert_array_equal(aligned, array)

@@ -527,3 +527,59 @@ def test_two_processes_train_to_the_weights_of_one(tmp_path: Path) -> None:
     assert one.keys() == two.keys()
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=1e-12, atol=1e-12, msg=name)
+
+
+# ---------------------------------------------------------------- calls written for other libraries
+
+
+def test_calls_of_torchvision_port_as_they_are() -> None:
+    image, boxes = torch.rand(1, 12, 8, 8), torch.tensor([[0.0, 1, 1, 6, 7]])
+    want = dcn_kernels.roi_align(image, boxes, 2, 1.0, sampling_ratio=2, aligned=True)
+    torch.testing.assert_close(layers.roi_align(image, boxes, 2, 1.0, 2, True), want, rtol=0, atol=0)
+    torch.testing.assert_close(
+        layers.roi_align(image, boxes=boxes, output_size=2, sampling_ratio=2, aligned=True), want, rtol=0, atol=0
+    )
+    torch.testing.assert_close(layers.roi_align(image, [boxes[:, 1:]], 2, 1.0, 2, True), want, rtol=0, atol=0)
+    want = dcn_kernels.ps_roi_align(image, boxes, 2, 1.0, sampling_ratio=2)
+    torch.testing.assert_close(layers.ps_roi_align(image, boxes, 2, 1.0, 2), want, rtol=0, atol=0)
+    with pytest.raises(TypeError, match="roi_pool: boxes: expected rois or boxes, got both"):
+        layers.roi_pool(image, rois=boxes, boxes=boxes, output_size=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "hint"),
+    [
+        ("deform_conv2d", "groups", "follows from the shapes of input and weight"),
+        ("deform_conv2d", "deform_groups", "follows from the shape of offset"),
+        ("deform_conv2d", "im2col_step", "leave it out"),
+        ("roi_align", "pooled_size", "write output_size="),
+        ("deform_roi_pool", "sample_num", "write sampling_ratio="),
+    ],
+)
+def test_an_argument_of_another_library_says_what_to_write(name: str, option: str, hint: str) -> None:
+    with pytest.raises(TypeError, match=f"{name}: {option}: no such argument here: .*{hint}"):
+        getattr(layers, name)(torch.rand(1, 2, 4, 4), torch.rand(1, 5), **{option: 1})
+
+
+def test_a_layer_that_two_libraries_compute_differently_does_not_guess() -> None:
+    with pytest.raises(TypeError, match=r"PSRoIPool: convention: expected \"torchvision\" .* or \"rfcn\""):
+        layers.PSRoIPool(2, 0.5)
+    image, boxes = torch.rand(1, 12, 8, 8), torch.tensor([[0.0, 1, 1, 12, 14]])
+    for convention in ("torchvision", "rfcn"):
+        want = dcn_kernels.ps_roi_pool(image, boxes, 2, 0.5, convention=convention)
+        torch.testing.assert_close(layers.PSRoIPool(2, 0.5, convention=convention)(image, boxes), want)
+
+
+def test_same_and_valid_padding_are_those_of_a_plain_convolution() -> None:
+    image = torch.rand(1, 2, 7, 8)
+    for padding in ("same", "valid"):
+        plain = torch.nn.Conv2d(2, 3, (3, 5), padding=padding, dilation=(2, 1))
+        layer = layers.DeformConv2d(2, 3, (3, 5), padding=padding, dilation=(2, 1))
+        layer.load_state_dict(plain.state_dict())
+        want = plain(image)
+        torch.testing.assert_close(layer(image, torch.zeros(1, 30, *want.shape[2:])), want, rtol=1e-5, atol=1e-5)
+    for options in ({"kernel_size": 3, "stride": 2}, {"kernel_size": 2}):
+        with pytest.raises(ValueError, match='DeformConv2d: padding: expected an int, a pair, "valid", or "same"'):
+            layers.DeformConv2d(2, 3, **options, padding="same")
+    with pytest.raises(ValueError, match="padding"):
+        layers.DeformConv2d(2, 3, 3, padding="some")

@@ -160,8 +160,20 @@ def _to_jax(array: np.ndarray, like: Any) -> Any:
     return jax.dlpack.from_dlpack(array, device=device)
 
 
+def _aligned(array: np.ndarray) -> np.ndarray:
+    """The array, or a copy whose memory starts at a multiple of 64 bytes: TensorFlow ends the process on any other."""
+    if array.ctypes.data % 64 == 0:
+        return array
+    memory = np.empty(array.nbytes + 64, np.uint8)
+    first = -memory.ctypes.data % 64
+    copy = memory[first : first + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
 def _to_other(array: np.ndarray, like: Any) -> Any:
     """By the array API's own way; a NumPy array where a framework does not have it."""
+    array = _aligned(array)
     if hasattr(like, "__array_namespace__"):
         return like.__array_namespace__().from_dlpack(array)
     module = sys.modules.get(type(like).__module__.partition(".")[0])

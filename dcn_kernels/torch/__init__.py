@@ -100,6 +100,7 @@ class DeformConv2d(nn.Module):
     ----------
     in_channels, out_channels, groups : int
     kernel_size, stride, padding, dilation : int or (h, w)
+        `padding` may also be "valid", or "same" with stride 1.
     bias : bool
     border : {"zeros", "msra", "edge"}
         As in `dcn_kernels.deform_conv2d`.
@@ -118,7 +119,7 @@ class DeformConv2d(nn.Module):
         out_channels: int,
         kernel_size: Pair,
         stride: Pair = 1,
-        padding: Pair = 0,
+        padding: Pair | str = 0,
         dilation: Pair = 1,
         groups: int = 1,
         bias: bool = True,
@@ -135,8 +136,8 @@ class DeformConv2d(nn.Module):
         self.out_channels = out_channels
         self.kernel_size = _pair(kernel_size)
         self.stride = _pair(stride)
-        self.padding = _pair(padding)
         self.dilation = _pair(dilation)
+        self.padding = self._padding(padding)
         self.groups = groups
         self.border = border
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, *self.kernel_size))
@@ -145,6 +146,20 @@ class DeformConv2d(nn.Module):
         else:
             self.register_parameter("bias", None)
         self.reset_parameters()
+
+    def _padding(self, padding: Pair | str) -> tuple[int, int]:
+        """Numbers; "same", as torch.nn.Conv2d has it, where it is the same on both sides, and "valid"."""
+        if not isinstance(padding, str):
+            return _pair(padding)
+        if padding == "valid":
+            return (0, 0)
+        reach = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
+        if padding != "same" or self.stride != (1, 1) or any(length % 2 for length in reach):
+            raise ValueError(
+                f'{type(self).__name__}: padding: expected an int, a pair, "valid", or "same" with stride 1 and '
+                f"an even dilation*(kernel_size - 1), got {padding!r}"
+            )
+        return reach[0] // 2, reach[1] // 2
 
     def reset_parameters(self) -> None:
         """As torch.nn.Conv2d and torchvision's layer do."""
@@ -303,10 +318,13 @@ class RoIPool(_RoILayer):
 class PSRoIPool(_RoILayer):
     """`dcn_kernels.ps_roi_pool`: each bin averages score maps of its own.
 
+    torchvision's layer of this name has convention "torchvision", R-FCN's own is "rfcn"; their numbers differ, so
+    `convention` has no default here.
+
     Examples
     --------
     >>> import torch
-    >>> PSRoIPool(2, 0.5)(torch.rand(1, 12, 8, 8), torch.tensor([[0.0, 0, 0, 15, 15]])).shape
+    >>> PSRoIPool(2, 0.5, convention="rfcn")(torch.rand(1, 12, 8, 8), torch.tensor([[0.0, 0, 0, 15, 15]])).shape
     torch.Size([1, 3, 2, 2])
     """
 
@@ -318,9 +336,14 @@ class PSRoIPool(_RoILayer):
         spatial_scale: float = 1.0,
         *,
         group_size: int | None = None,
-        convention: str = "rfcn",
+        convention: str | None = None,
     ) -> None:
         super().__init__()
+        if convention is None:
+            raise TypeError(
+                'PSRoIPool: convention: expected "torchvision" (what torchvision.ops.PSRoIPool computes) or "rfcn", '
+                "got None: their numbers differ"
+            )
         self._keep(output_size=output_size, spatial_scale=spatial_scale, group_size=group_size, convention=convention)
 
     def forward(self, input: Tensor, rois: Tensor | list[Tensor]) -> Tensor:

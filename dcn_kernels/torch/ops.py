@@ -89,6 +89,11 @@ def arguments_of(op: Op) -> Arguments:
     """Read the plain function's signature."""
     signature = inspect.signature(public(op))
     kept = [parameter for name, parameter in signature.parameters.items() if name not in op.plain_only]
+    for place, parameter in enumerate(kept):
+        if parameter.kind == parameter.KEYWORD_ONLY:
+            if parameter.name not in _BY_POSITION:
+                break
+            kept[place] = parameter.replace(kind=parameter.POSITIONAL_OR_KEYWORD)
     names = [parameter.name for parameter in kept]
     params = tuple(name for name in names if name not in op.arrays)
     pairs = frozenset(name for name in params if "tuple" in str(signature.parameters[name].annotation))
@@ -304,6 +309,42 @@ def _with_signature(arguments: Arguments, route: Callable[..., Any]) -> Callable
     return namespace["function"]
 
 
+# torchvision's functions take these by position.
+_BY_POSITION = ("sampling_ratio", "aligned")
+# What other libraries' functions take, and what to write here.
+_ELSEWHERE = {
+    "groups": "it follows from the shapes of input and weight: leave it out",
+    "deform_groups": "it follows from the shape of offset: leave it out",
+    "deformable_groups": "it follows from the shape of offset: leave it out",
+    "im2col_step": "the chunk is chosen here: leave it out",
+    "dilate": "write dilation=",
+    "pad": "write padding=",
+    "pooled_size": "write output_size=",
+    "sample_num": "write sampling_ratio=",
+    "sample_ratio": "write sampling_ratio=",
+    "trans_std": "write gamma=, or take deform_ps_roi_pool",
+    "pool_mode": "mean pooling is roi_align, pooling of maxima roi_pool",
+}
+
+
+def _ported(op: Op, function: Callable[..., torch.Tensor], names: Sequence[str]) -> Callable[..., torch.Tensor]:
+    """The function with `boxes` for `rois`, and an answer to what other libraries call its arguments."""
+    hints = {name: text for name, text in _ELSEWHERE.items() if name not in names}
+    special = {*hints, *(["boxes"] if "rois" in names else [])}
+
+    def ported(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if kwargs and not special.isdisjoint(kwargs):
+            if "boxes" in kwargs and "rois" in names:
+                if "rois" in kwargs:
+                    raise TypeError(f"{op.name}: boxes: expected rois or boxes, got both")
+                kwargs["rois"] = kwargs.pop("boxes")
+            for name in hints.keys() & kwargs.keys():
+                raise TypeError(f"{op.name}: {name}: no such argument here: {hints[name]}")
+        return function(*args, **kwargs)
+
+    return ported
+
+
 def function_of(op: Op) -> Callable[..., torch.Tensor]:
     """The operator as a function on tensors, with the plain function's signature."""
     arguments = arguments_of(op)
@@ -337,7 +378,7 @@ def function_of(op: Op) -> Callable[..., torch.Tensor]:
             params[name] = list(value) if isinstance(value, (tuple, list)) else [int(value)] * 2
         return operator(*arrays.values(), *params.values())
 
-    function = _with_signature(arguments, route)
+    function = _ported(op, _with_signature(arguments, route), list(arguments.signature.parameters))
     function.__name__ = function.__qualname__ = op.name
     function.__module__ = "dcn_kernels.torch"
     function.__signature__ = arguments.signature  # type: ignore[attr-defined]
@@ -346,7 +387,7 @@ def function_of(op: Op) -> Callable[..., torch.Tensor]:
         f"    Gradients: {', '.join(op.differentiable)}, each computed only where it is needed. Under autocast "
         "input and\n    weights are half precision, and coordinates stay as they are. `torch.vmap` makes one call "
         "per element.\n    `torch.use_deterministic_algorithms(True)` means deterministic=True.\n    "
-        + ("`rois` may also be a list of (R_n, 4), one for each image.\n    " if "rois" in op.arrays else "")
+        + ("`rois`, or `boxes`, may also be a list of (R_n, 4), one an image.\n    " if "rois" in op.arrays else "")
     )
     return function
 
