@@ -115,9 +115,9 @@ def profile(
       dcn-bench profile --against torchvision=/path/to/venv/bin/python --against torch=/path/to/venv/bin/python
       dcn-bench profile --filter '^resnet' --csv --no-save > rows.csv
     """
-    from dcn_kernels import layers, profiling, record
+    from dcn_kernels.bench import inputs, layers, profiling, record, spot_checks
     from dcn_kernels.environment import available, blas, why_not
-    from dcn_kernels.registry import OPS
+    from dcn_kernels.ops.registry import OPS
 
     chosen = _chosen_layers(names, pattern, shapes, toml, ops)
     if only_list:
@@ -149,7 +149,7 @@ def profile(
     _refuse_what_memory_does_not_hold(chosen, dtypes)
     for layer_name, layer in chosen.items():
         try:
-            profiling.make_inputs(layers.cut(layer, channels=False), "zero", "float32", seed)
+            inputs.make_inputs(layers.cut(layer, channels=False), "zero", "float32", seed)
         except ValueError as error:
             console.fail(f"layer {layer_name}: {error}")
     rows: list[dict[str, Any]] = []
@@ -168,7 +168,7 @@ def profile(
     try:
         for count in threads or (None,):
             settings = profiling.Settings(
-                directions or profiling.DIRECTIONS, dtypes or ("float32",), backends, offsets or ("smooth", "random"),
+                directions or inputs.DIRECTIONS, dtypes or ("float32",), backends, offsets or ("smooth", "random"),
                 count, seed, budget, reuse,
             )  # fmt: skip
             with console.progress("profile") as report, _running(peers, count, versions) as running:
@@ -176,7 +176,7 @@ def profile(
                     rows.append(row)
     except KeyboardInterrupt:
         interrupted = True
-    except profiling.Mismatch as error:
+    except spot_checks.Mismatch as error:
         failure = f"wrong result, not timed: {error}"
     except MemoryError as error:
         failure = f"a layer does not fit into memory: {error}"
@@ -207,8 +207,9 @@ def _alone(option: str, *beside: str) -> None:
 
 def _refuse_what_memory_does_not_hold(chosen: dict[str, Any], dtypes: tuple[str, ...]) -> None:
     """Before anything is allocated."""
-    from dcn_kernels import environment, layers
-    from dcn_kernels.shapes import DTYPES as STORAGE
+    from dcn_kernels import environment
+    from dcn_kernels.bench import layers
+    from dcn_kernels.dtypes import DTYPES as STORAGE
 
     held = environment.memory()
     itemsize = max(STORAGE[dtype].itemsize for dtype in dtypes or ("float32",))
@@ -227,8 +228,8 @@ def _gigabytes(size: int) -> str:
 def _chosen_layers(
     names: tuple[str, ...], pattern: str | None, shapes: tuple[str, ...], toml: str | None, ops: tuple[str, ...]
 ) -> dict[str, Any]:
-    from dcn_kernels import layers
-    from dcn_kernels.registry import OPS
+    from dcn_kernels.bench import layers
+    from dcn_kernels.ops.registry import OPS
 
     for op in ops:
         if op not in OPS:
@@ -281,8 +282,8 @@ class _running:
         self.peers: list[Any] = []
 
     def __enter__(self) -> list[Any]:
+        from dcn_kernels.bench.peers import Peer, PeerError
         from dcn_kernels.environment import threads
-        from dcn_kernels.peers import Peer, PeerError
 
         for spec in self.specs:
             try:
@@ -315,7 +316,7 @@ def _finish_profile(
     no_save: bool,
     wide: bool,
 ) -> None:
-    from dcn_kernels import record
+    from dcn_kernels.bench import record
 
     path = output
     if not output and not no_save:
@@ -344,7 +345,7 @@ def _results_folder(publish: bool) -> Path:
 
 
 def _list_layers(chosen: dict[str, Any], wide: bool) -> None:
-    from dcn_kernels import layers
+    from dcn_kernels.bench import layers
 
     rows = [
         [name, layer["op"], layers.shown(layer), f"{layer['spread']:g}", layer["source"]]
@@ -365,8 +366,8 @@ def layers_command(as_json: bool, wide: bool) -> None:
       dcn-bench layers
       dcn-bench layers --json
     """
-    from dcn_kernels import layers
-    from dcn_kernels.registry import OPS
+    from dcn_kernels.bench import layers
+    from dcn_kernels.ops.registry import OPS
 
     known = {name: layer for name, layer in layers.LAYERS.items() if layer["op"] in OPS}
     if as_json:
@@ -387,7 +388,8 @@ def env_command(as_json: bool, wide: bool) -> None:
       dcn-bench env
       dcn-bench env --json
     """
-    from dcn_kernels import environment, peers
+    from dcn_kernels import environment
+    from dcn_kernels.bench import peers
 
     commit, dirty = environment.commit()
     found = {
@@ -434,7 +436,7 @@ def compare(old: str, new: str, fail_above: float | None, as_json: bool, wide: b
       dcn-bench compare old.json new.json
       dcn-bench compare old.json new.json --fail-above 1.1
     """
-    from dcn_kernels import record
+    from dcn_kernels.bench import record
 
     before, after = _read(old), _read(new)
     rows, warnings = record.compare(before, after)
@@ -474,7 +476,7 @@ def compare(old: str, new: str, fail_above: float | None, as_json: bool, wide: b
 
 
 def _read(path: str) -> dict[str, Any]:
-    from dcn_kernels import record
+    from dcn_kernels.bench import record
 
     try:
         found = record.read(path)
@@ -511,7 +513,7 @@ def plot(records: tuple[str, ...], output: str, what: str) -> None:
     read = {stem if stems.count(stem) == 1 else path: _read(path) for stem, path in zip(stems, records, strict=True)}
     if importlib.util.find_spec("matplotlib") is None:
         console.fail("plot needs matplotlib: pip install 'dcn-kernels[plot]'")
-    from dcn_kernels import plots
+    from dcn_kernels.bench import plots
 
     try:
         picture = plots.draw(read, what, Path(output).suffix[1:])
@@ -532,7 +534,7 @@ def readme(folder: str) -> None:
     Example:
       dcn-bench readme
     """
-    from dcn_kernels import record
+    from dcn_kernels.bench import record
 
     records = {path.name: _read(str(path)) for path in sorted(Path(folder).glob("*.json"))}
     if not records:

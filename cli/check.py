@@ -67,7 +67,7 @@ def _selection(command: Any) -> Any:
 def _checked(ops: Sequence[str], backends: Sequence[str], output: str | None) -> tuple[str, ...]:
     """The backends to run; refuses unknown operators, unavailable backends and unwritable files."""
     from dcn_kernels.environment import available, why_not
-    from dcn_kernels.registry import OPS
+    from dcn_kernels.ops.registry import OPS
 
     for name in ops:
         if name not in OPS:
@@ -124,8 +124,9 @@ def gradients(
       dcn-check gradients --backend cpu --json
       dcn-check gradients --self-test --backend cpu
     """
-    from dcn_kernels import gradcheck, planted_faults
-    from dcn_kernels.registry import OPS
+    from dcn_kernels.check import gradients as gradcheck
+    from dcn_kernels.check import planted_faults
+    from dcn_kernels.ops.registry import OPS
 
     chosen = _checked(ops, backends, output)
     known = {name for op in OPS.values() for name in op.differentiable}
@@ -197,7 +198,7 @@ def backends(
       dcn-check backends
       dcn-check backends --op deform_conv2d --dtype bfloat16 --backend cpu
     """
-    from dcn_kernels import gradcheck
+    from dcn_kernels.check import gradients as gradcheck
 
     chosen = _checked(ops, backends, output)
     rows: list[Any] = []

@@ -45,7 +45,7 @@ def cost(
       dcn-bench cost --network R-FCN --threads 2
       dcn-bench cost --json > cost.json
     """
-    from dcn_kernels import network_cost
+    from dcn_kernels.bench import network_cost
     from dcn_kernels.environment import why_not
 
     if not no_time and why_not(backend):

@@ -102,7 +102,7 @@ def sampling(
         console.fail("--image and --at belong to a picture: expected -o FILE.png")
     photograph, caption = None, ""
     if demo:
-        from dcn_kernels import sampling_picture
+        from dcn_kernels.deformation import picture as sampling_picture
 
         photograph, layers, chosen = sampling_picture.demo()
         units, names, caption = units or chosen, ["layer 1", "layer 2", "layer 3"], sampling_picture.SYNTHETIC
@@ -119,7 +119,7 @@ def sampling(
     _numbers(names, layers, sizes, as_json, wide)
     if not output:
         return
-    from dcn_kernels import sampling_picture
+    from dcn_kernels.deformation import picture as sampling_picture
 
     if not units:
         OH, OW = layers[-1]["offset"].shape[2:]
@@ -207,7 +207,7 @@ def _numbers(
     import numpy as np
 
     from dcn_kernels import effective_dilation, offset_statistics
-    from dcn_kernels.dilation_classes import mean_and_spread
+    from dcn_kernels.deformation.dilation_classes import mean_and_spread
 
     rows: list[dict[str, Any]] = []
     for name, layer, size in zip(names, layers, sizes, strict=True):

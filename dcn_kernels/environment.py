@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dcn_kernels.arrays import BACKENDS
+from dcn_kernels.dispatch.arrays import BACKENDS
 
 PACKAGES = (
     "dcn-kernels",

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 import dcn_kernels
+from dcn_kernels.check.calls import BACKENDS, relative_error, to_backend, to_numpy, tolerance
+from dcn_kernels.dispatch.row import Op, Sample
+from dcn_kernels.dtypes import DTYPES
 from dcn_kernels.environment import why_not
-from dcn_kernels.gradcheck import BACKENDS, relative_error, to_backend, to_numpy, tolerance
-from dcn_kernels.op import Op, Sample
-from dcn_kernels.shapes import DTYPES
 
 ROOT = Path(__file__).parent.parent  # the checkout: README.md, Makefile, cli/
 
@@ -72,7 +72,7 @@ class Backend:
 
 
 def assert_close(got: np.ndarray, want: np.ndarray, dtype: str, length: float = 1, what: str = "") -> None:
-    """Within `gradcheck.tolerance` of sums of `length` terms."""
+    """Within `calls.tolerance` of sums of `length` terms."""
     error, index = relative_error(got, want)
     bound = tolerance(dtype, length)
     assert error <= bound, f"{what}: {got[index]} for {want[index]} at {index}: error {error:.3g}, bound {bound:.3g}"

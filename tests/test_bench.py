@@ -20,9 +20,11 @@ from click.testing import CliRunner, Result
 from dcn_kernels.cli.bench import main
 
 import dcn_kernels.cpu.deform_conv as cpu_deform_conv
-from dcn_kernels import ceiling, environment, layers, peers, plots, profiling, record
+from dcn_kernels import environment
+from dcn_kernels.bench import ceiling, layers, peers, plots, profiling, record, spot_checks
+from dcn_kernels.bench.inputs import DIRECTIONS, make_inputs, runner
 from dcn_kernels.environment import why_not
-from dcn_kernels.registry import OPS
+from dcn_kernels.ops.registry import OPS
 
 ROOT = Path(__file__).parent.parent
 SMALL = "C=8,H=9,W=10,O=8"
@@ -169,9 +171,9 @@ def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_fault_of_large_sizes_alone_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = profiling.make_inputs(layers.parse("deform_conv2d", "C=8,H=40,W=40,O=8"), "random", "float32", 0)
-    for direction in profiling.DIRECTIONS:
-        assert profiling.check_spots(inputs, "cpu", direction, 0) <= 1
+    inputs = make_inputs(layers.parse("deform_conv2d", "C=8,H=40,W=40,O=8"), "random", "float32", 0)
+    for direction in DIRECTIONS:
+        assert spot_checks.check_spots(inputs, "cpu", direction, 0) <= 1
     right = cpu_deform_conv.deform_conv2d
 
     def forgets_the_last_rows(*args: Any, **kwargs: Any) -> Any:
@@ -180,9 +182,9 @@ def test_a_fault_of_large_sizes_alone_is_found(monkeypatch: pytest.MonkeyPatch) 
         return out
 
     monkeypatch.setattr(cpu_deform_conv, "deform_conv2d", forgets_the_last_rows)
-    assert profiling.check_small(layers.parse("deform_conv2d", SMALL), "random", "float32", "cpu", 0) <= 1
-    with pytest.raises(profiling.Mismatch, match="output differs"):
-        profiling.check_spots(inputs, "cpu", "forward", 0)
+    assert spot_checks.check_small(layers.parse("deform_conv2d", SMALL), "random", "float32", "cpu", 0) <= 1
+    with pytest.raises(spot_checks.Mismatch, match="output differs"):
+        spot_checks.check_spots(inputs, "cpu", "forward", 0)
 
 
 def test_every_operator_of_the_layers_can_be_profiled() -> None:
@@ -190,14 +192,14 @@ def test_every_operator_of_the_layers_can_be_profiled() -> None:
     assert {layer["op"] for layer in layers.LAYERS.values()} == set(OPS)
     for name in layers.DEFAULT_SET:
         layer = layers.LAYERS[name]
-        inputs = profiling.make_inputs(layer, "random", "float32", 0)
+        inputs = make_inputs(layer, "random", "float32", 0)
         assert inputs.shape[0] == inputs.sizes[OPS[layer["op"]].output.split()[0]], name
 
 
 def test_reuse_writes_into_one_array_and_gives_the_backward_what_the_forward_kept(tmp_path: Path) -> None:
-    inputs = profiling.make_inputs(layers.cut(layers.LAYERS["frcnn-roi"]), "random", "float32", 0)
-    want = {direction: profiling.runner(inputs, direction, "cpu")() for direction in profiling.DIRECTIONS}
-    forward, backward = (profiling.runner(inputs, each, "cpu", reuse=True) for each in profiling.DIRECTIONS)
+    inputs = make_inputs(layers.cut(layers.LAYERS["frcnn-roi"]), "random", "float32", 0)
+    want = {direction: runner(inputs, direction, "cpu")() for direction in DIRECTIONS}
+    forward, backward = (runner(inputs, each, "cpu", reuse=True) for each in DIRECTIONS)
     assert forward() is forward()
     assert np.array_equal(forward(), want["forward"])
     inputs.sample.arrays["input"][:] = 0  # the maxima's places are known
@@ -287,7 +289,7 @@ def test_named_layers_of_a_toml_file_are_run_alone(tmp_path: Path) -> None:
 
 def test_a_dilation_wider_than_the_cut_is_checked_on_more_pixels() -> None:
     layer = layers.parse("deform_conv2d", "C=8,H=64,W=20,O=8,dilation=12x1,padding=0")
-    assert profiling.check_small(layer, "random", "float32", "cpu", 0) <= 1
+    assert spot_checks.check_small(layer, "random", "float32", "cpu", 0) <= 1
     assert (layers.cut(layer)["H"], layers.cut(layer)["W"]) == (29, 12)
 
 
@@ -300,7 +302,7 @@ def test_a_layer_larger_than_memory_is_one_line_and_1(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("name", layers.LAYERS)
 def test_the_memory_of_a_layer_is_that_of_its_arrays(name: str) -> None:
     small = layers.cut(layers.LAYERS[name], channels=False)
-    inputs = profiling.make_inputs(small, "random", "float32", 0)
+    inputs = make_inputs(small, "random", "float32", 0)
     kept = sum(a.size for a in inputs.sample.arrays.values()) + inputs.grad_output.size
     assert layers.memory(small, 4) == pytest.approx(16 * kept, rel=0.01)  # bias is not counted
 
@@ -522,7 +524,7 @@ def test_a_peer_of_a_row_on_the_gpu_is_timed_there(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(peers.Peer, "_ask", ask)
     monkeypatch.setattr(peers.Peer, "start", lambda self, threads: None)
-    inputs = profiling.make_inputs(layers.parse("deform_conv2d", SMALL), "zero", "float32", 0)
+    inputs = make_inputs(layers.parse("deform_conv2d", SMALL), "zero", "float32", 0)
     for backend, device in (("cuda", "cuda"), ("cpu", "cpu"), ("reference", "cpu")):
         peers.Peer("torch").load(inputs, "forward", backend, None)
         assert asked["device"] == device
@@ -708,10 +710,10 @@ def test_readme_names_the_gpus_of_the_records(tmp_path: Path) -> None:
 def test_spots_are_256_elements_also_of_narrow_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     monkeypatch.setattr(
-        profiling,
+        spot_checks,
         "_compare",
         lambda inputs, part, index, *rest: seen.extend(a.size for n, a in part.arrays.items() if n in index) or 0.0,
     )
     layer = layers.parse("deform_conv2d", "N=1,C=4,H=40,W=40,O=2,kernel=1x1")
-    profiling.check_spots(profiling.make_inputs(layer, "random", "float32", 0), "cpu", "backward", 0)
+    spot_checks.check_spots(make_inputs(layer, "random", "float32", 0), "cpu", "backward", 0)
     assert min(seen) >= 256

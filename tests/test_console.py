@@ -19,7 +19,7 @@ from dcn_kernels.cli import console
 # The commands whose tables are the same each time, and the table of a run by its published record
 COMMANDS = """
 import sys
-from dcn_kernels import record
+from dcn_kernels.bench import record
 from dcn_kernels.cli import bench, check, console
 published = {published!r}
 wide = {wide!r}

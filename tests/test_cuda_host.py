@@ -30,13 +30,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dcn_kernels
-from dcn_kernels import arrays as _arrays
+from dcn_kernels.check.calls import output_shape, reduction_length, relative_error, tolerance
 from dcn_kernels.cuda import compile, deform_conv
-from dcn_kernels.deform_conv import BORDERS, DEFORM_CONV2D
-from dcn_kernels.gradcheck import output_shape, reduction_length, relative_error, tolerance
-from dcn_kernels.offset_sample import OFFSET_SAMPLE2D
-from dcn_kernels.op import Op, Sample
-from dcn_kernels.shapes import DTYPES, HALVES
+from dcn_kernels.dispatch import arrays as _arrays
+from dcn_kernels.dispatch.row import Op, Sample
+from dcn_kernels.dtypes import DTYPES, HALVES
+from dcn_kernels.ops.deform_conv import BORDERS, DEFORM_CONV2D
+from dcn_kernels.ops.offset_sample import OFFSET_SAMPLE2D
 
 NAME = "cuda_host"
 SANITIZER = os.environ.get("HOST_SANITIZER", "")

@@ -13,7 +13,7 @@ from numba import types
 from numba.core import cgutils
 
 from dcn_kernels.cpu.jit import inner, intrinsic, spliced, stay_apart
-from dcn_kernels.shapes import BFLOAT16
+from dcn_kernels.dtypes import BFLOAT16
 
 F16, BF16, F32, F64 = 0, 1, 2, 3
 _KINDS = {"e": F16, BFLOAT16.char: BF16, "f": F32, "d": F64}  # by dtype.char
