@@ -21,7 +21,8 @@ from click.testing import CliRunner
 from conftest import ROOT
 from dcn_kernels.cli import bench, sampling
 
-from dcn_kernels import environment, profiling, record
+from dcn_kernels import OPS, environment
+from dcn_kernels.bench import profiling, record
 
 COUNT = 500
 SECONDS, BYTES = 5.0, 1 << 30  # of one mutation, of all
@@ -172,7 +173,7 @@ def test_shapes() -> None:
         for _ in range(rng.choice([1, 1, 2, 4])):
             at = rng.randrange(len(text) + 1)
             text = text[:at] + rng.choice(pieces) + text[at + rng.choice([0, 0, 1, 3]) :]
-        op = rng.choice(["deform_conv2d"] * 2 + ["offset_sample2d", *profiling.OPS])
+        op = rng.choice(["deform_conv2d"] * 2 + ["offset_sample2d", *OPS])
         accepted += ends_well("profile", "--op", op, f"--shape={text}", "--no-save") == 1
     assert 10 < accepted < COUNT / 2
 
