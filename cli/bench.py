@@ -222,7 +222,7 @@ def _refuse_what_memory_does_not_hold(chosen: dict[str, Any], dtypes: tuple[str,
 
 
 def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:,.1f} GB" if size < 1e15 else f"{size / 1e9:.1e} GB"
+    return f"{size / 1e9:,.1f} GB" if size < 1e18 else f"{size / 1e9:.1e} GB"
 
 
 def _chosen_layers(

@@ -22,7 +22,7 @@ PASS, FAILED, USAGE, UNAVAILABLE, INTERRUPTED = 0, 1, 2, 3, 130
 
 def fail(message: str, code: int = USAGE) -> NoReturn:
     """One clear line on stderr, and out."""
-    print(f"error: {printable(message)}", file=sys.stderr)
+    note(f"error: {message}")
     raise SystemExit(code)
 
 

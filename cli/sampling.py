@@ -204,15 +204,18 @@ def _numbers(
     names: list[str], layers: list[dict[str, Any]], sizes: list[tuple[int, int]], as_json: bool, wide: bool
 ) -> None:
     """A row for each layer on stdout."""
+    import numpy as np
+
     from dcn_kernels import effective_dilation, offset_statistics
     from dcn_kernels.deformation.dilation_classes import mean_and_spread
 
     rows: list[dict[str, Any]] = []
     for name, layer, size in zip(names, layers, sizes, strict=True):
         try:
-            found = offset_statistics(input_size=size, **layer, quantiles=(0.5, 0.95, 1.0))
-            if _as_pair(layer["kernel_size"]) != (1, 1):
-                found["effective_dilation"] = mean_and_spread(effective_dilation(**layer))
+            with np.errstate(invalid="ignore"):  # infinities and NaNs are counted, not warned of
+                found = offset_statistics(input_size=size, **layer, quantiles=(0.5, 0.95, 1.0))
+                if _as_pair(layer["kernel_size"]) != (1, 1):
+                    found["effective_dilation"] = mean_and_spread(effective_dilation(**layer))
         except (ValueError, TypeError) as error:
             console.fail(f"{name}: {error}")
         rows.append({"layer": name, **found})

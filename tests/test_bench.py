@@ -313,7 +313,7 @@ def test_sizes_that_memory_does_not_hold_are_refused_before_anything_is_allocate
     sizes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(environment, "memory", lambda: 16 * 10**9)
-    monkeypatch.setattr(profiling, "make_inputs", lambda *_: pytest.fail("allocated"))
+    monkeypatch.setattr("dcn_kernels.bench.inputs.make_inputs", lambda *_: pytest.fail("allocated"))
     said = one_line(run("profile", "--shape", sizes, "--no-save"), 2)
     assert re.search(r"timing it takes at least [\d.,e+]+ GB of memory, there are 16.0 GB", said)
     (tmp_path / "layers.toml").write_text(f'[layers.mine]\nsizes = "{sizes}"\n')

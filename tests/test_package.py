@@ -187,6 +187,11 @@ COMMANDS = [
 ]
 
 
+def test_ci_begins_with_what_a_stranger_types() -> None:
+    steps = [line for line in (ROOT / ".ci" / "run").read_text().splitlines() if line.startswith("make ")]
+    assert steps[:2] == [command for command in COMMANDS if command in ("make profile", "make test")]
+
+
 def test_readme_shows_commands() -> None:
     assert {"pip install .", "make profile", "make test"} <= set(COMMANDS)
 

@@ -240,9 +240,9 @@ def checked(op: str, sizes: dict[str, Any]) -> Layer:
             raise ValueError(f"unknown size {name!r}; there are: {', '.join(_SIZES)}")
         if name not in taken(op):
             raise ValueError(f"{op} has no size {name!r}; it has: {', '.join(taken(op))}")
-        numbers = value if isinstance(value, (list, tuple)) and name in PAIRS else [value]
+        numbers = value if isinstance(value, (list, tuple)) and name in PAIRS and len(value) == 2 else [value]
         least = _LEAST.get(name, 1)
-        if len(numbers) not in (1, 2) or not all(type(n) is int and n >= least for n in numbers):
+        if not all(type(n) is int and n >= least for n in numbers):
             raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r}")
         if max(numbers) > _MOST:
             raise ValueError(f"{name}: expected at most {_MOST}")
