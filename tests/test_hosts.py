@@ -85,3 +85,91 @@ def test_results_are_right_on_a_host_of_narrower_vectors(without: str, widest: i
         text=True,
     )
     assert done.returncode == 0, done.stderr
+
+
+ON_TARGET = """
+import numpy as np
+from dcn_kernels import deform_conv2d, deform_conv2d_backward, roi_align, roi_align_backward
+from dcn_kernels.cpu import threads
+threads.FLOPS_A_THREAD = 1.0
+rng = np.random.default_rng(0)
+rois = np.array([[0, 0.3, 0.2, 5.1, 5.7], [0, 2, 1, 4, 6]])
+for layer, dtype in enumerate(("float32",) * 12 + ("float16",)):
+    H, W = rng.integers(4, 9, 2)
+    shapes = {"input": (1, 32, H, W), "offset": (1, 18, H, W), "weight": (64, 32, 3, 3), "mask": (1, 9, H, W)}
+    arrays = {name: rng.standard_normal(shape).astype(dtype) for name, shape in shapes.items()}
+    grad = rng.standard_normal((1, 64, H, W)).astype(dtype)
+    pooled = rng.standard_normal((2, 32, 3, 3)).astype(dtype)
+    seen = {}
+    for number in (1, 2, 3, 4, 7):
+        threads.set_num_threads(number)
+        got = {"out": deform_conv2d(**arrays, padding=1), **deform_conv2d_backward(grad, **arrays, padding=1)}
+        got["align"] = roi_align(arrays["input"], rois.astype(dtype), 3)
+        got["grad_align"] = roi_align_backward(pooled, arrays["input"], rois.astype(dtype), 3)["input"]
+        for name, array in got.items():
+            assert np.array_equal(array, seen.setdefault(name, array)), (layer, number, name)
+    want = deform_conv2d(**arrays, padding=1, backend="reference")
+    bound = 1e-5 if dtype == "float32" else 2e-3
+    assert np.abs(seen["out"] - want).max() <= bound * np.abs(want).max(), (layer, dtype)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["x86-64-v2", "ivybridge", "haswell", "skylake-avx512"])
+def test_targets_of_other_instructions_are_the_same_bits_at_every_number_of_threads(
+    target: str, tmp_path: Path
+) -> None:
+    """On a target without fused multiply-add, half conversions or wide vectors, whatever this machine has."""
+    flags = (Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else "").split()
+    needed = {"haswell": {"avx2", "fma", "f16c"}, "skylake-avx512": {"avx512f", "avx512dq", "avx512bw"}}
+    if not {"sse4_2", *(["avx", "f16c"] if target == "ivybridge" else []), *needed.get(target, ())} <= set(flags):
+        pytest.skip(f"this machine does not run {target}'s instructions")
+    done = subprocess.run(
+        [sys.executable, "-c", ON_TARGET],
+        env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "NUMBA_CPU_NAME": target, "NUMBA_CPU_FEATURES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+HALVES = """
+import numpy as np
+from dcn_kernels.cpu import convert
+from dcn_kernels.cpu.jit import kernel
+assert not convert.HALF_INSTRUCTIONS
+
+@kernel
+def load(address, to):
+    convert.load_run(to, 0, address, 2, len(to), convert.F16)
+
+@kernel
+def store(values, address):
+    convert.store_run(values, 0, len(values), address, convert.F16)
+
+def same(got, want, bits):
+    nan = np.isnan(want)
+    return (got.view(bits) == want.view(bits))[~nan].all() and np.isnan(got[nan]).all()
+
+halves, floats = np.arange(1 << 16, dtype=np.uint16).view(np.float16), np.empty(1 << 16, np.float32)
+load(halves.ctypes.data, floats)
+assert same(floats, halves.astype(np.float32), "u4")
+rng = np.random.default_rng(0)
+drawn = rng.integers(0, 1 << 32, 1 << 20, dtype=np.uint32)
+ties = (drawn & 0x80003FFF) | rng.integers(90, 145, 1 << 20, dtype=np.uint32) << 23
+for floats in (drawn.view(np.float32), ties.view(np.float32)):
+    stored = np.empty(len(floats), np.float16)
+    store(floats, stored.ctypes.data)
+    with np.errstate(all="ignore"):
+        assert same(stored, floats.astype(np.float16), "u2")
+"""
+
+
+def test_halves_are_converted_in_integers_where_the_target_has_no_instructions_for_them(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", HALVES],
+        env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "NUMBA_CPU_NAME": "x86-64-v2", "NUMBA_CPU_FEATURES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr

@@ -162,11 +162,18 @@ def add_line(itemsize, n, line, weight, slope, index, weights, slopes):  # type:
 
 
 @exact
-def add_point(itemsize, n, v, length, weight, slope, index, weights, slopes):  # type: ignore[no-untyped-def]
-    """Add the cell of a clamped coordinate: `weight` 1 or 0 where it counts or not, `slope` 1 or 0 where it moves."""
+def add_point(itemsize, n, v, length, clamped, weight, slope, index, weights, slopes):  # type: ignore[no-untyped-def]
+    """Add the cell of a coordinate: `weight` 1 or 0 where it counts or not, `slope` 1 or 0 where it moves.
+
+    The line is clamped, not the coordinate: from 2^24 on float32 cannot tell length - 1 from lines off the map.
+    """
     cell = np.floor(v)
     line, l = np.int64(cell), v - cell
-    if line >= 0:
+    if clamped and line < 0:
+        line, l = np.int64(0), v - v
+    if clamped and line >= length - 1:
+        line, l = np.int64(length - 1), v - v
+    if line >= 0 and line < length:
         n = add_line(itemsize, n, line, (type(v)(1) - l) * weight, -slope, index, weights, slopes)
     if line + 1 < length:
         n = add_line(itemsize, n, line + 1, l * weight, slope, index, weights, slopes)
@@ -182,7 +189,7 @@ def lines(rule, ratio, start, size, bins, i, shift, length, itemsize, index, wei
     stay_apart()
     real = type(start)
     n, zero, one = np.int64(0), real(0), real(1)
-    last = real(length - 1)
+    last = np.float64(length - 1)  # exact, as comparisons with it are
     if rule == AVG:
         top, bottom, number = pooled_bin(rule, start, size, bins, i, length)
         for line in range(top, bottom):
@@ -198,7 +205,7 @@ def lines(rule, ratio, start, size, bins, i, shift, length, itemsize, index, wei
         for j in range(np.int64(high - low)):
             v = real(first + (low + j)) + shift
             if v >= -1 and v < length:
-                n = add_point(itemsize, n, v, length, one if v > -1 else zero, one, index, weights, slopes)
+                n = add_point(itemsize, n, v, length, False, one if v > -1 else zero, one, index, weights, slopes)
         return n, end - first
     step = size / real(bins)
     base = (real(i) * step + start) + shift
@@ -207,10 +214,10 @@ def lines(rule, ratio, start, size, bins, i, shift, length, itemsize, index, wei
         half = real(0.5)
         for k in range(ratio):
             v = base + real(k) * sub
-            if v >= -half and v <= real(length) - half:
+            if v >= -half and v <= last + 0.5:
                 number += 1
                 moves = one if v > 0 and v < last and v != np.floor(v) else zero
-                n = add_point(itemsize, n, min(max(v, zero), last), length, one, moves, index, weights, slopes)
+                n = add_point(itemsize, n, v, length, True, one, moves, index, weights, slopes)
         return n, number
     number = np.float64(ratio) if ratio > 0 else max(np.float64(np.ceil(step)), 0.0)
     if number == 0:
@@ -222,5 +229,5 @@ def lines(rule, ratio, start, size, bins, i, shift, length, itemsize, index, wei
         v = base + ((real(k) + real(0.5)) * step) / real(number)
         if v >= -1 and v <= length:
             moves = one if v >= 0 and v < last else zero
-            n = add_point(itemsize, n, min(max(v, zero), last), length, one, moves, index, weights, slopes)
+            n = add_point(itemsize, n, v, length, True, one, moves, index, weights, slopes)
     return n, number

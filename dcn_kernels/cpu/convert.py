@@ -12,11 +12,23 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from dcn_kernels.cpu.jit import inner, intrinsic, spliced, stay_apart
+from dcn_kernels.cpu.jit import assembly, inner, intrinsic, spliced, stay_apart
 from dcn_kernels.dtypes import BFLOAT16
 
+FETCHED = 1 << 16  # bytes at most: an axis of length 1 may have any stride, and more would not stay in a cache
 F16, BF16, F32, F64 = 0, 1, 2, 3
 _KINDS = {"e": F16, BFLOAT16.char: BF16, "f": F32, "d": F64}  # by dtype.char
+
+
+def strides(array: np.ndarray) -> tuple[int, ...]:
+    """An array's strides in bytes; those of axes of length 1, which may be anything, as in a C-contiguous array."""
+    if 1 not in array.shape:
+        return array.strides
+    steps, step = [], array.itemsize
+    for length, stride in zip(reversed(array.shape), reversed(array.strides), strict=True):
+        steps.append(step if length == 1 else stride)
+        step = length * steps[-1]
+    return tuple(reversed(steps))
 
 
 def kind(array: np.ndarray) -> int:
@@ -37,10 +49,12 @@ def _reader(code: int) -> Any:
                 wide = builder.shl(builder.zext(bits, ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
                 value = builder.bitcast(wide, f32)
             else:
-                stored = {F16: ir.HalfType(), F32: f32, F64: ir.DoubleType()}[code]
+                stored = {F16: ir.IntType(16), F32: f32, F64: ir.DoubleType()}[code]
                 size = {F16: 2, F32: 4, F64: 8}[code]
                 start = builder.inttoptr(args[0], stored.as_pointer())
                 value = builder.load(builder.gep(start, [args[1]]), align=size)
+                if code == F16:
+                    value = _from_half(builder, value)
             return _cast(builder, value, context.get_value_type(signature.return_type))
 
         return like(types.intp, types.intp, like), codegen
@@ -65,12 +79,11 @@ def _writer(code: int) -> Any:
                 value = builder.trunc(builder.lshr(chosen, ir.Constant(i32, 16)), ir.IntType(16))
                 size = 2
             else:
-                stored = {F16: ir.HalfType(), F32: f32, F64: ir.DoubleType()}[code]
                 size = {F16: 2, F32: 4, F64: 8}[code]
-                value = args[2]
                 if code == F16:  # from float64 in two steps, which only the compiler sees: halves are summed in float32
-                    value = _cast(builder, value, f32)
-                value = _cast(builder, value, stored)
+                    value = _to_half(builder, _cast(builder, args[2], f32))
+                else:
+                    value = _cast(builder, args[2], f32 if code == F32 else ir.DoubleType())
             start = builder.inttoptr(args[0], value.type.as_pointer())
             builder.store(value, builder.gep(start, [args[1]]), align=size)
             return context.get_dummy_value()
@@ -80,7 +93,64 @@ def _writer(code: int) -> Any:
     return write
 
 
-_BITS = {ir.HalfType: 16, ir.FloatType: 32, ir.DoubleType: 64}
+_BITS = {ir.FloatType: 32, ir.DoubleType: 64}
+# Without instructions for halves the compiler calls functions that the process may lack.
+HALF_INSTRUCTIONS = "call" not in assembly("""
+    define void @f(half* %p, float* %q) {
+      %a = load half, half* %p
+      %b = fpext half %a to float
+      %c = load float, float* %q
+      store float %b, float* %q
+      %d = fptrunc float %c to half
+      store half %d, half* %p
+      ret void
+    }""")
+
+
+def _from_half(builder: ir.IRBuilder, bits: ir.Value) -> ir.Value:
+    """The float32 of a half's bits."""
+    f32, i32 = ir.FloatType(), ir.IntType(32)
+    if HALF_INSTRUCTIONS:
+        return builder.fpext(builder.bitcast(bits, ir.HalfType()), f32)
+    wide = builder.zext(bits, i32)
+    shifted = builder.shl(builder.and_(wide, ir.Constant(i32, 0x7FFF)), ir.Constant(i32, 13))
+    finite = builder.fmul(builder.bitcast(shifted, f32), ir.Constant(f32, 2.0**112))  # of the other bias; exact
+    large = builder.icmp_unsigned(">=", shifted, ir.Constant(i32, 0x0F800000))  # infinite, or not a number
+    quiet = builder.select(
+        builder.icmp_unsigned(">", shifted, ir.Constant(i32, 0x0F800000)),
+        ir.Constant(i32, 0x7FC00000),
+        ir.Constant(i32, 0x7F800000),
+    )
+    magnitude = builder.select(large, builder.or_(shifted, quiet), builder.bitcast(finite, i32))
+    sign = builder.shl(builder.and_(wide, ir.Constant(i32, 0x8000)), ir.Constant(i32, 16))
+    return builder.bitcast(builder.or_(magnitude, sign), f32)
+
+
+def _to_half(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    """The bits of the half nearest to a float32, ties to even."""
+    f32, i32 = ir.FloatType(), ir.IntType(32)
+    if HALF_INSTRUCTIONS:
+        return builder.bitcast(builder.fptrunc(value, ir.HalfType()), ir.IntType(16))
+
+    def number(n: int) -> ir.Constant:
+        return ir.Constant(i32, n)
+
+    bits = builder.bitcast(value, i32)
+    size = builder.and_(bits, number(0x7FFFFFFF))
+    odd = builder.and_(builder.lshr(size, number(13)), number(1))
+    normal = builder.lshr(
+        builder.sub(builder.add(builder.add(size, number(0xFFF)), odd), number(112 << 23)), number(13)
+    )
+    # beside 0.5 a float32 resolves 2^-24, the step of the halves below 2^-14
+    beside = builder.fadd(builder.bitcast(size, f32), ir.Constant(f32, 0.5))
+    small = builder.sub(builder.bitcast(beside, i32), number(126 << 23))
+    half = builder.select(builder.icmp_unsigned("<", size, number(113 << 23)), small, normal)
+    half = builder.select(builder.icmp_unsigned(">=", size, number(0x477FF000)), number(0x7C00), half)
+    payload = builder.and_(builder.lshr(size, number(13)), number(0x3FF))
+    nan = builder.or_(payload, number(0x7E00))
+    half = builder.select(builder.icmp_unsigned(">", size, number(0x7F800000)), nan, half)
+    sign = builder.and_(builder.lshr(bits, number(16)), number(0x8000))
+    return builder.trunc(builder.or_(half, sign), ir.IntType(16))
 
 
 def _cast(builder: ir.IRBuilder, value: ir.Value, to: ir.Type) -> ir.Value:
@@ -142,7 +212,7 @@ def clear(typingctx, address, length):  # type: ignore[no-untyped-def]
 @spliced
 def fetch_run(address, length):  # type: ignore[no-untyped-def]
     """Ask for `length` bytes that will be read soon and lie far from the last ones, where no machine guesses them."""
-    for at in range(address, address + length, 64):
+    for at in range(address, address + min(length, FETCHED), 64):
         _fetch(at)
 
 

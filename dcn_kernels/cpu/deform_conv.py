@@ -23,7 +23,7 @@ from dcn_kernels.cpu.convert import address_of, clear, load_run, store_run
 from dcn_kernels.cpu.deform_conv_backward import backward_worker
 from dcn_kernels.cpu.gemm import CACHE_BYTES, DEPTH, LDA, MR, panel, rows_by_panels, vector
 from dcn_kernels.cpu.jit import inner, kernel, stay_apart
-from dcn_kernels.cpu.sampling import corner_table, limits
+from dcn_kernels.cpu.sampling import VALUE, corner_table, limits
 from dcn_kernels.cpu.slabs import Slabs, array_from, cut, described, numbers, round_up, stage, staged_pixels, turn
 from dcn_kernels.cpu.threads import barrier, claim, get_num_threads, join, leave, run, threads_for
 from dcn_kernels.dtypes import accumulator
@@ -135,7 +135,7 @@ def forward_worker(  # type: ignore[no-untyped-def]
             for g in range(s.OG):
                 for k in range(taps):
                     positions(s, offset, mask, image + b, g, k, start, count, y, x, m)
-                    corner_table(y, x, m, count, s.H, s.W, limits, corners, weights, g * taps + k)
+                    corner_table(VALUE, y, x, m, count, s.H, s.W, limits, corners, weights, g * taps + k)
             # rows up to a whole block are multiplied too: zeros, as denormals would be slow
             clear(address_of(column, count, 0), (round_up(count, MR) - count) * LDA * itemsize)
             for group in range(s.groups):

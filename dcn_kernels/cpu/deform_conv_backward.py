@@ -26,7 +26,7 @@ from dcn_kernels.cpu.columns import (
 from dcn_kernels.cpu.convert import address_of, clear, store_run
 from dcn_kernels.cpu.gemm import DEPTH, LDA, MR, columns_by_rows, rows_by_panels
 from dcn_kernels.cpu.jit import inner, kernel, stay_apart, to_fixed_tuple
-from dcn_kernels.cpu.sampling import corner_table
+from dcn_kernels.cpu.sampling import BOTH, corner_table
 from dcn_kernels.cpu.slabs import array_from, load_pixels, round_up, stage, turn, unstage
 from dcn_kernels.cpu.threads import barrier, claim, join, leave
 
@@ -257,7 +257,7 @@ def backward_worker(  # type: ignore[no-untyped-def]
                     for k in range(taps):
                         positions(s, offset, mask, image + b, g, k, start, count, y, x, m)
                         corners, weights = index[tile - first_tile], factor[tile - first_tile]
-                        corner_table(y, x, m, count, s.H, s.W, limits, corners, weights, g * taps + k)
+                        corner_table(BOTH, y, x, m, count, s.H, s.W, limits, corners, weights, g * taps + k)
                 item = claim(sync)
             barrier(sync)
             # slab by slab: each range of slabs has one owner

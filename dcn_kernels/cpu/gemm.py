@@ -22,14 +22,22 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from dcn_kernels.cpu.jit import inner, intrinsic, stay_apart
+from dcn_kernels.cpu.jit import assembly, inner, intrinsic, stay_apart
 
-_features = llvm.get_host_cpu_features()
 _machine = llvm.get_default_triple().split("-")[0]
+# Asked of the compiler, as its target may be another than this machine.
+_fused = assembly("""
+    declare <16 x float> @llvm.fma.v16f32(<16 x float>, <16 x float>, <16 x float>)
+    define void @f(<16 x float>* %p, <16 x float> %a) {
+      %b = load <16 x float>, <16 x float>* %p
+      %c = call <16 x float> @llvm.fma.v16f32(<16 x float> %a, <16 x float> %a, <16 x float> %b)
+      store <16 x float> %c, <16 x float>* %p
+      ret void
+    }""")
 
-if _features.get("avx512f"):
+if "zmm" in _fused:
     VECTOR_BYTES, MR = 64, 12  # 24 sums, 2 of B and 1 of A in 32 registers
-elif _features.get("avx2") and _features.get("fma"):
+elif "ymm" in _fused and "vfmadd" in _fused:
     VECTOR_BYTES, MR = 32, 6  # 12 sums, 2 of B and 1 of A in 16 registers
 elif _machine in ("aarch64", "arm64"):
     VECTOR_BYTES, MR = 16, 12

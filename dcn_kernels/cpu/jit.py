@@ -18,13 +18,14 @@ from types import CodeType, FunctionType, SimpleNamespace
 from typing import Any
 
 import llvmlite
+import llvmlite.binding as llvm
 import numba
 import numpy as np
 from numba import types
 from numba.core.caching import FunctionCache, IndexDataCacheFile, NullCache
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler
-from numba.core.registry import CPUDispatcher
+from numba.core.registry import CPUDispatcher, cpu_target
 from numba.extending import intrinsic as _intrinsic
 from numba.np.unsafe.ndarray import to_fixed_tuple as _to_fixed_tuple
 
@@ -35,9 +36,15 @@ intrinsic: Any = _intrinsic
 to_fixed_tuple: Any = _to_fixed_tuple
 _njit: Any = numba.njit  # not all of its options are in its signature
 
-# Contraction and reassociation let loops use fused multiply-add and vectors. No flag that assumes there are no NaNs:
-# it would delete the checks of coordinates.
-OPTIONS = {"error_model": "numpy", "fastmath": {"contract", "reassoc", "nsz"}}
+# Contraction lets loops use fused multiply-add. No reassociation: the vectors of a loop and its remainder would round
+# differently, and results would depend on where a tile begins, which follows the number of threads. No flag that
+# assumes there are no NaNs: it would delete the checks of coordinates.
+OPTIONS = {"error_model": "numpy", "fastmath": {"contract", "nsz"}}
+
+
+def assembly(text: str) -> str:
+    """What the compiler makes of LLVM code for the target that Numba compiles for: this host, or NUMBA_CPU_NAME's."""
+    return str(cpu_target.target_context.codegen()._tm.emit_assembly(llvm.parse_assembly(text)))
 
 
 def _describe(thing: Any, seen: set[int], digest: Any) -> None:

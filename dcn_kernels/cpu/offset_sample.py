@@ -14,7 +14,7 @@ from dcn_kernels.cpu import workspace
 from dcn_kernels.cpu.columns import SHAPE_FIELDS, Shape, positions, shape_from, write_coordinate_gradients
 from dcn_kernels.cpu.convert import store_run
 from dcn_kernels.cpu.jit import inner, kernel, stay_apart
-from dcn_kernels.cpu.sampling import corner_table, limits
+from dcn_kernels.cpu.sampling import SLOPE, VALUE, corner_table, limits
 from dcn_kernels.cpu.slabs import array_from, described, load_pixels, numbers
 from dcn_kernels.cpu.threads import barrier, claim, join, leave, run, threads_for
 from dcn_kernels.dtypes import accumulator
@@ -82,7 +82,7 @@ def forward_worker(  # type: ignore[no-untyped-def]
         for start in range(0, pixels, TILE):
             count = min(TILE, pixels - start)
             positions(s, offset, no_mask, n, g, 0, start, count, y, x, m)
-            corner_table(y, x, m, count, s.H, s.W, limits, index[thread], factor[thread], 0)
+            corner_table(VALUE, y, x, m, count, s.H, s.W, limits, index[thread], factor[thread], 0)
             for c in range(several):
                 read_plane(planes[thread, c], index[thread], factor[thread], count, values)
                 store_run(values, 0, count, out.address + ((n * s.C + first + c) * pixels + start) * out.s3, out.kind)
@@ -131,7 +131,7 @@ def backward_worker(  # type: ignore[no-untyped-def]
                 for start in range(0, pixels, TILE):
                     count = min(TILE, pixels - start)
                     positions(s, offset, no_mask, n, g, 0, start, count, y, x, m)
-                    corner_table(y, x, m, count, s.H, s.W, limits, index[thread], factor[thread], 0)
+                    corner_table(SLOPE, y, x, m, count, s.H, s.W, limits, index[thread], factor[thread], 0)
                     for c in range(several):
                         base = grad_output.address + n * grad_output.s0 + (first + c) * grad_output.s1
                         load_pixels(values, 0, base, grad_output, s.W, start, count)

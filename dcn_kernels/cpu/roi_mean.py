@@ -19,7 +19,7 @@ import numpy as np
 
 from dcn_kernels.cpu import workspace
 from dcn_kernels.cpu.bins import exact, lines, peek, poke, start_and_size
-from dcn_kernels.cpu.convert import kind
+from dcn_kernels.cpu.convert import kind, strides
 from dcn_kernels.cpu.jit import inner, kernel, spliced
 from dcn_kernels.cpu.roi_blocks import expect, load_block, load_pooled, store_block, store_pooled
 from dcn_kernels.cpu.roi_lanes import (
@@ -399,7 +399,7 @@ class Plan(NamedTuple):
 
 def array(values: np.ndarray) -> Array:
     """An array of four dimensions, as a kernel takes it."""
-    return Array(values.ctypes.data, kind(values), *values.strides)
+    return Array(values.ctypes.data, kind(values), *strides(values))
 
 
 def by_image(rois: np.ndarray, images: int) -> tuple[np.ndarray, np.ndarray]:

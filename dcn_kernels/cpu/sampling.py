@@ -17,6 +17,12 @@ from numba import types
 
 from dcn_kernels.cpu.jit import inner, intrinsic, spliced, stay_apart
 
+# What corner_table is asked for
+VALUE = 0  # corners of samples whose value counts
+SLOPE = 1  # also of those whose derivative alone does: at -1 under "zeros"
+BOTH = 2  # as SLOPE, with `STILL` for the first corner, always outside, of a sample whose value does not count
+STILL = -1
+
 Limits = tuple[float, float, float, float, float, float]
 
 
@@ -24,20 +30,32 @@ Limits = tuple[float, float, float, float, float, float]
 # first <= v <= last; its right-hand derivative is that of the cell if start <= v <= stop. A NaN fails every comparison.
 
 
+def _below(size: int, real: Any) -> Any:
+    """The largest number under `size`, which from 2^24 on may be no float32."""
+    nearest = real(size)
+    return nearest if int(nearest) < size else np.nextafter(nearest, real(-np.inf))
+
+
+def _at_least(size: int, real: Any) -> Any:
+    """The smallest number from `size` on: what is clamped to it is clamped to the last pixel, as indices are."""
+    nearest = real(size)
+    return nearest if int(nearest) >= size else np.nextafter(nearest, real(np.inf))
+
+
 def zeros(size: int, real: Any) -> Limits:
     """Corners outside the image count as 0 (Eq. 3): counts if -1 < v < size, moves if -1 <= v < size."""
-    below = np.nextafter(real(size), real(0))
+    below = _below(size, real)
     return -np.inf, np.inf, np.nextafter(real(-1), real(0)), below, -1, below
 
 
 def msra(size: int, real: Any) -> Limits:
     """0 outside the image, clamped within the last pixel: counts if 0 <= v < size, moves if 0 <= v < size - 1."""
-    return -np.inf, size - 1, 0, np.nextafter(real(size), real(0)), 0, np.nextafter(real(size - 1), real(-1))
+    return -np.inf, _at_least(size - 1, real), 0, _below(size, real), 0, _below(size - 1, real)
 
 
 def edge(size: int, real: Any) -> Limits:
     """Clamped to the image: always counts, moves if 0 <= v < size - 1."""
-    return 0, size - 1, -np.inf, np.inf, 0, np.nextafter(real(size - 1), real(-1))
+    return 0, _at_least(size - 1, real), -np.inf, np.inf, 0, _below(size - 1, real)
 
 
 BORDERS: dict[str, Callable[[int, Any], Limits]] = {"zeros": zeros, "msra": msra, "edge": edge}
@@ -74,17 +92,19 @@ def _pixel(typingctx, row, width, column):  # type: ignore[no-untyped-def]
 
 
 @inner
-def corner_table(y, x, m, count, height, width, limits, index, weight, row):  # type: ignore[no-untyped-def]
+def corner_table(asked, y, x, m, count, height, width, limits, index, weight, row):  # type: ignore[no-untyped-def]
     """The corners of `count` positions y, x and their weights m G(q, p), as index[row, q, p] and weight[row, q, p].
 
-    Corners q are 00, 01, 10, 11. NaN positions get the pixel `empty` and NaN weights.
+    Corners q are 00, 01, 10, 11. NaN positions get the pixel `empty` and NaN weights. A sample that does not count
+    reads no pixel, so that an infinite one does not reach it; `asked` says whose corners are wanted.
     """
     stay_apart()
     one = y.dtype.type(1)
     zero = one - one
     low_y, high_y, first_y, last_y, start_y, stop_y = limits[0]
     low_x, high_x, first_x, last_x, start_x, stop_x = limits[1]
-    last_row, last_column = y.dtype.type(height - 1), y.dtype.type(width - 1)
+    last_row, last_column, first = np.int32(height - 1), np.int32(width - 1), np.int32(0)
+    still = np.int32(STILL) if asked == BOTH else np.int32(height * width)
     empty, down, right = np.int32(height * width), np.int32(width), np.int32(1)
     both = np.int32(width + 1)
     for p in range(count):
@@ -92,10 +112,14 @@ def corner_table(y, x, m, count, height, width, limits, index, weight, row):  # 
             y[p], x[p], zero, low_y, high_y, first_y, last_y, start_y, stop_y,
             low_x, high_x, first_x, last_x, start_x, stop_x,
         )  # fmt: skip
-        top, bottom = near & (y0 >= zero), near & (y0 < last_row)
-        on_left, on_right = x0 >= zero, x0 < last_column
-        corner = _pixel(np.int32(y0), down, np.int32(x0))
-        index[row, 0, p] = corner if top & on_left else empty
+        near = counts if asked == VALUE else near
+        line, column = np.int32(y0), np.int32(x0)
+        line = line if line < last_row else last_row
+        column = column if column < last_column else last_column
+        top, bottom = near & (line >= first), near & (line < last_row)
+        on_left, on_right = column >= first, column < last_column
+        corner = _pixel(line, down, column)
+        index[row, 0, p] = corner if top & on_left else (empty if counts else still)
         index[row, 1, p] = _pixel(right, right, corner) if top & on_right else empty
         index[row, 2, p] = _pixel(right, down, corner) if bottom & on_left else empty
         index[row, 3, p] = _pixel(right, both, corner) if bottom & on_right else empty

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dcn_kernels.cpu.convert import address_of, clear, kind, load_run, store_run
+from dcn_kernels.cpu.convert import address_of, clear, kind, load_run, store_run, strides
 from dcn_kernels.cpu.jit import inner, spliced, stay_apart
 from dcn_kernels.cpu.lanes import transpose8, transpose16
 
@@ -40,7 +40,7 @@ def described(array: np.ndarray | None) -> tuple[int, ...]:
     """An array of up to four dimensions as the fields of an `Array`."""
     if array is None:
         return 0, 0, 0, 0, 0, 0
-    return (array.__array_interface__["data"][0], kind(array), *array.strides, 0, 0, 0, 0)[:6]
+    return (array.__array_interface__["data"][0], kind(array), *strides(array), 0, 0, 0, 0)[:6]
 
 
 def staged_pixels(height: int, width: int) -> int:

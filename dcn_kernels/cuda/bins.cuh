@@ -257,7 +257,7 @@ __device__ __forceinline__ line_t line_of(const roi_t& s, const side_t& a, int l
     const acc_t v = point(s.rule, a, j), size = acc_t(length);
     const axis_t at = s.rule == PAPER ? zeros(v, size) : s.rule == RFCN ? psroi(v, size) : align(v, size);
     counted += at.counts;
-    add_sample(taken, at, line);
+    add_sample(taken, at, line, s.rule == PAPER ? length : length - 1);
   }
   if (s.rule == RFCN) number = acc_t(counted);
   return taken;

@@ -76,6 +76,10 @@ __device__ __forceinline__ corners_t corners(acc_t y, acc_t x, int height, int w
   at.lx = px - x0;
   at.y = int(y0);
   at.x = int(x0);
+  if (border != ZEROS) {  // indices are clamped too: from 2^24 on size - 1 may be no float32
+    if (at.y >= height || (near && y > row.position)) at.y = height - 1, at.ly = 0;
+    if (at.x >= width || (near && x > column.position)) at.x = width - 1, at.lx = 0;
+  }
   at.inside_y0 = near && at.y >= 0 && at.y < height;
   at.inside_y1 = near && at.y + 1 < height;
   at.inside_x0 = at.x >= 0 && at.x < width;
@@ -88,16 +92,18 @@ __device__ __forceinline__ acc_t corner_weight(acc_t ly, acc_t lx, int q) {
   return (q / 2 ? ly : 1 - ly) * (q % 2 ? lx : 1 - lx);
 }
 
+// `last`: the line that no clamped position is past.
 // What the samples of one axis take from one line of pixels: the sums of g(line, p) and of its right-hand derivative.
 struct line_t {
   acc_t weight, slope;
   bool counts, moves;  // some sample that counts, that moves, has the line in its cell
 };
 
-__device__ __forceinline__ void add_sample(line_t& to, const axis_t& at, int line) {
+__device__ __forceinline__ void add_sample(line_t& to, const axis_t& at, int line, int last) {
   if (!(at.counts || at.moves)) return;  // the position may be anywhere
   const acc_t cell = floor(at.position), l = at.position - cell;
-  const int below = line - int(cell);  // 0: the cell's first line, 1: its second
+  const int first = cell < last ? int(cell) : last;  // from 2^24 on size - 1 may be no float32
+  const int below = line - first;  // 0: the cell's first line, 1: its second
   if (below != 0 && below != 1) return;
   if (at.counts) to.weight += below ? l : 1 - l;
   if (at.moves) to.slope += below ? 1 : -1;

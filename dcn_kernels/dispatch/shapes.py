@@ -19,20 +19,24 @@ import numpy as np
 from dcn_kernels.dispatch.row import Op, Params, Sizes
 from dcn_kernels.dtypes import DTYPES, HALVES
 
+LARGEST_NUMBER = 3.4028234663852886e38  # that float32 holds, in which parameters may be used
+MOST_SAMPLES = 4096  # of a bin along an axis: a call must end, and no mean of a bin needs more
 LARGEST_STEP = 2**31 - 1  # of a stride, padding or dilation: products with a size then fit 64 bits
 
 
 # ---------------------------------------------------------------- parameters
 
 
-def integer(op: str, name: str, value: Any, minimum: int) -> int:
-    """`value` as an int of at least `minimum`."""
+def integer(op: str, name: str, value: Any, minimum: int, maximum: int | None = None) -> int:
+    """`value` as an int of at least `minimum`, and at most `maximum`."""
     try:
         number = operator.index(value)
     except TypeError:
         raise TypeError(f"{op}: {name}: expected an integer, got {value!r}") from None
     if number < minimum:
         raise ValueError(f"{op}: {name}: expected an integer of at least {minimum}, got {number}")
+    if maximum is not None and number > maximum:
+        raise ValueError(f"{op}: {name}: expected an integer of at most {maximum}, got {number}")
     return number
 
 
@@ -60,7 +64,9 @@ def number(op: str, name: str, value: Any, *, positive: bool = False) -> float:
         result = float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{op}: {name}: expected a number, got {value!r}") from None
-    if not np.isfinite(result) or (positive and result <= 0):
+    except OverflowError:
+        result = np.inf
+    if not abs(result) <= LARGEST_NUMBER or (positive and result <= 0):
         kind = "a positive finite number" if positive else "a finite number"
         raise ValueError(f"{op}: {name}: expected {kind}, got {value!r}")
     return result

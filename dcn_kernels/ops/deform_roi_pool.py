@@ -332,7 +332,7 @@ def _deform_roi_pool_parameters(params: Params) -> Params:
     return {
         **roi_parameters(name, params),
         "gamma": shapes.number(name, "gamma", params["gamma"]),
-        "sampling_ratio": shapes.integer(name, "sampling_ratio", params["sampling_ratio"], 0),
+        "sampling_ratio": shapes.integer(name, "sampling_ratio", params["sampling_ratio"], 0, shapes.MOST_SAMPLES),
         "convention": shapes.choice(name, "convention", params["convention"], CONVENTIONS),
     }
 
@@ -344,7 +344,7 @@ def _deform_ps_roi_pool_parameters(params: Params) -> Params:
         **checked,
         "group_size": (group(name, params["group_size"], checked["output_size"]),) * 2,
         "part_size": checked["output_size"] if part is None else (shapes.integer(name, "part_size", part, 1),) * 2,
-        "sample_per_part": shapes.integer(name, "sample_per_part", params["sample_per_part"], 1),
+        "sample_per_part": shapes.integer(name, "sample_per_part", params["sample_per_part"], 1, shapes.MOST_SAMPLES),
         "trans_std": shapes.number(name, "trans_std", params["trans_std"]),
     }
 

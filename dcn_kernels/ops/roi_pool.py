@@ -572,7 +572,7 @@ def _ps_roi_pool_parameters(params: Params) -> Params:
 
 def _align_parameters(name: str) -> Callable[[Params], Params]:
     def parameters(params: Params) -> Params:
-        ratio = shapes.integer(name, "sampling_ratio", params["sampling_ratio"], -1)
+        ratio = shapes.integer(name, "sampling_ratio", params["sampling_ratio"], -1, shapes.MOST_SAMPLES)
         checked = {**roi_parameters(name, params), "sampling_ratio": ratio}
         if "aligned" in params:
             checked["aligned"] = shapes.flag(name, "aligned", params["aligned"])

@@ -64,6 +64,7 @@ class Corners(NamedTuple):
 def corners(y: np.ndarray, x: np.ndarray, height: int, width: int, border: str) -> Corners:
     """The corners of positions (y, x) in an image of height x width pixels, in float64."""
     rule = BORDERS[border]
+    y, x = y.astype(np.float64), x.astype(np.float64)  # sizes from 2^24 on may be no float32
     rows, columns = rule(y, height), rule(x, width)
     nan = np.isnan(y) | np.isnan(x)
     value = rows.counts & columns.counts & ~nan
