@@ -25,7 +25,7 @@ from dcn_kernels import OPS, environment
 from dcn_kernels.bench import profiling, record
 
 COUNT = 500
-SECONDS, BYTES = 5.0, 1 << 30  # of one mutation, of all
+SECONDS, BYTES = 10.0, 1 << 30  # of the processor for one mutation, the first of which may import matplotlib; of all
 # What stands in place of a value
 HOSTILE: list[Any] = [
     None, True, -1, 0, 1, 0.5, 1e308, -1e308, 10**30, 2**31, 2**63, 999999, 65536, float("nan"), float("inf"), "", "x",
@@ -47,9 +47,9 @@ def bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def ends_well(*arguments: str) -> int:
     """The command's exit code: no traceback, one line of error, nothing that steers a terminal, soon."""
-    start = time.perf_counter()
+    start = time.process_time()
     result = CliRunner().invoke(bench.main, list(arguments))
-    assert time.perf_counter() - start < SECONDS
+    assert time.process_time() - start < SECONDS
     assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
     assert result.exit_code in (0, 1, 2)
     assert all(line.isprintable() for line in result.output.split("\n")), repr(result.output)
@@ -250,14 +250,14 @@ def test_images(capsys: pytest.CaptureFixture[str]) -> None:
     for number in range(COUNT):
         name = ("png", "png", "jpg", "gif", "bmp", "tiff")[number % 6]
         Path(f"one.{name}").write_bytes(damaged(rng, Path(f"whole.{name}").read_bytes()))
-        start = time.perf_counter()
+        start = time.process_time()
         try:
             accepted += sampling._picture(f"one.{name}").ndim >= 2
         except SystemExit as ended:
             assert ended.code == 2
             said = capsys.readouterr().err
             assert said.startswith("error: --image: ") and said.count("\n") == 1 and said.strip().isprintable()
-        assert time.perf_counter() - start < SECONDS
+        assert time.process_time() - start < SECONDS
     assert 20 < accepted < COUNT * 0.9
 
 
