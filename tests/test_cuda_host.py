@@ -31,8 +31,9 @@ from hypothesis import strategies as st
 
 import dcn_kernels
 from dcn_kernels.check.calls import output_shape, reduction_length, relative_error, tolerance
-from dcn_kernels.cuda import compile, deform_conv
+from dcn_kernels.cuda import compile
 from dcn_kernels.dispatch import arrays as _arrays
+from dcn_kernels.dispatch.call import function, parameters_for
 from dcn_kernels.dispatch.row import Op, Sample
 from dcn_kernels.dtypes import DTYPES, HALVES
 from dcn_kernels.ops.deform_conv import BORDERS, DEFORM_CONV2D
@@ -77,6 +78,17 @@ def install(device: HostDevice, monkeypatch: pytest.MonkeyPatch, **options: Any)
             setattr(module, name, functools.partial(getattr(launcher, name), device=device, **options))
         monkeypatch.setitem(sys.modules, f"dcn_kernels.{NAME}", ModuleType(f"dcn_kernels.{NAME}"))
         monkeypatch.setitem(sys.modules, path, module)
+
+
+def launcher(op: Op, backward: bool = False) -> Any:
+    """The launcher of a row, given the parameters that the dispatcher would give it."""
+    direction = "backward" if backward else "forward"
+    kernels = function(op, direction, "cuda")
+
+    def launch(*arrays: Any, **named: Any) -> Any:
+        return kernels(*arrays, **parameters_for(op, direction, "cuda", named))
+
+    return launch
 
 
 # Differences of every element; the drawn cases compare the same gradients with the reference's.
@@ -242,7 +254,7 @@ def test_infinite_numbers_go_through_split_products_as_through_plain_ones(librar
     arrays["offset"][...] = 0.25
     arrays["input"][0, 3, 5, 6], arrays["weight"][2, 1, 0, 0] = np.inf, -np.inf
     plain, split = (
-        deform_conv.deform_conv2d(**arrays, **{**params, "precision": precision}, device=HostDevice(library))
+        launcher(DEFORM_CONV2D)(**arrays, **{**params, "precision": precision}, device=HostDevice(library))
         for precision in ("ieee", "float32")
     )
     for kind in (np.isnan, np.isposinf, np.isneginf):
@@ -274,7 +286,7 @@ def gradients(device: HostDevice, arrays: dict[str, Any], params: dict[str, Any]
     N, O, (OH, OW) = arrays["input"].shape[0], arrays["weight"].shape[0], arrays["offset"].shape[2:]
     grad = np.random.default_rng(4).standard_normal((N, O, OH, OW)).astype(arrays["input"].dtype)
     names = DEFORM_CONV2D.differentiable
-    return deform_conv.deform_conv2d_backward(grad, **arrays, **params, wrt=names, device=device)
+    return launcher(DEFORM_CONV2D, True)(grad, **arrays, **params, wrt=names, device=device)
 
 
 def test_deterministic_gradients_do_not_depend_on_the_order_of_threads(library: Library) -> None:
@@ -306,7 +318,7 @@ def test_temporary_memory_stays_within_the_workspace(
         device = HostDevice(library)
         if scale > 1:
             many["weight"] = many["weight"].transpose(0, 1, 3, 2)  # read where it stands
-        y = deform_conv.deform_conv2d(**many, **params, device=device)
+        y = launcher(DEFORM_CONV2D)(**many, **params, device=device)
         assert sum(device.allocated) - y.nbytes <= workspace_bytes
         device = HostDevice(library)
         grads = gradients(device, many, params)
@@ -320,7 +332,7 @@ def test_every_workspace_gives_the_same_result(library: Library) -> None:
         for workspace_bytes in (1, 30_000, 60_000, 150_000, 400_000):
             params["workspace_bytes"] = workspace_bytes
             device = HostDevice(library)
-            y = deform_conv.deform_conv2d(**arrays, **params, device=device)
+            y = launcher(DEFORM_CONV2D)(**arrays, **params, device=device)
             assert_close(y, Backend("reference").forward(DEFORM_CONV2D, arrays, params), dtype, 1e3)
             for name, grad in gradients(device, arrays, params).items():
                 assert_close(grad, want[name], dtype, 1e3, f"{name} within {workspace_bytes}")
@@ -333,7 +345,7 @@ def test_channels_last_input_is_read_in_place(library: Library) -> None:
         inverse = np.argsort(axes)
         arrays["input"] = np.ascontiguousarray(arrays["input"].transpose(axes)).transpose(inverse)
         device = HostDevice(library)
-        deform_conv.deform_conv2d(**arrays, **params, device=device)
+        launcher(DEFORM_CONV2D)(**arrays, **params, device=device)
         copies.append(device.launched.count(("staging", "copy")))
     assert copies[1] == copies[0] - 1, "the copy of the images is left out"
 
@@ -359,7 +371,7 @@ def test_nothing_is_written_when_memory_runs_out(library: Library, deterministic
     for succeed in range(20):
         device, out = OutOfMemory(library, succeed), np.full(shape, 7, np.float32)
         try:
-            deform_conv.deform_conv2d(**arrays, **params, device=device, out=out)
+            launcher(DEFORM_CONV2D)(**arrays, **params, device=device, out=out)
             break
         except MemoryError:
             assert np.all(out == 7) and not device.launched
@@ -379,7 +391,7 @@ def test_split_products_are_as_exact_as_float32(library: Library) -> None:
     want = Backend("reference").forward(DEFORM_CONV2D, {n: a.astype(np.float64) for n, a in arrays.items()}, params)
     errors = {}
     for precision in ("float32", "ieee", "tf32"):
-        y = deform_conv.deform_conv2d(**arrays, **{**params, "precision": precision}, device=HostDevice(library))
+        y = launcher(DEFORM_CONV2D)(**arrays, **{**params, "precision": precision}, device=HostDevice(library))
         errors[precision] = np.abs(y - want).max() / np.abs(want).max()
     assert errors["float32"] <= 4 * errors["ieee"] < errors["tf32"] / 100
 
@@ -449,7 +461,7 @@ def layer_is_right(library: Library) -> bool:
     want = Backend("reference").forward(DEFORM_CONV2D, arrays, params)
     for schedule, capability in zip(SCHEDULES, ((9, 0), (7, 5)) * 2, strict=True):
         device = HostDevice(library, schedule=schedule, capability=capability, max_blocks=2)
-        y = deform_conv.deform_conv2d(**arrays, **params, device=device)
+        y = launcher(DEFORM_CONV2D)(**arrays, **params, device=device)
         if not relative_error(y, want)[0] <= tolerance("float32", 144):
             return False
         for name, grad in gradients(device, arrays, params).items():
@@ -595,12 +607,12 @@ def large_image_is_right(library: Library) -> bool:
     arrays |= {"weight": np.full((1, 1, 1, 1), 2, np.float32), "mask": None, "bias": None}
     params = DEFORM_CONV2D.parameters({**DEFORM_CONV2D.samples(0)[0].params, "stride": side - 1, "padding": 0})
     device = SparseDevice(library)
-    y = deform_conv.deform_conv2d(**arrays, **params, device=device)
+    y = launcher(DEFORM_CONV2D)(**arrays, **params, device=device)
     if y.ravel().tolist() != [2 * 8 * 0.75**2, 0, 0, 2 * (16 * 0.75**2 + 32 * 0.25 * 0.75)]:
         return False
     grad = np.full((1, 1, 2, 2), 4, np.float32)
     names = ("input", "offset", "weight")
-    grads = deform_conv.deform_conv2d_backward(grad, **arrays, **params, wrt=names, device=device)
+    grads = launcher(DEFORM_CONV2D, True)(grad, **arrays, **params, wrt=names, device=device)
     slope_y = 8 * (0.75 * (16 - 32))  # between the last two rows, by the weights of the last two columns
     slope_x = 8 * (0.75 * 16 + 0.25 * 32)
     return (

@@ -16,11 +16,10 @@ from conftest import Backend
 from cuda_host.host import SCHEDULES, HostDevice, Library
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_cuda_host import launcher
 
 from dcn_kernels import OPS
 from dcn_kernels.check.calls import output_shape, reduction_length, relative_error, tolerance
-from dcn_kernels.cuda import deform_roi_pool, roi_pool
-from dcn_kernels.dispatch.call import function, parameters_for
 from dcn_kernels.dispatch.row import Op, Sample
 from dcn_kernels.dtypes import DTYPES, accumulator
 
@@ -44,17 +43,6 @@ def test_of_named_backends(test: Callable[[str], None], backend: Backend) -> Non
 
 ROI_OPS = [op for op in OPS.values() if "rois" in op.arrays]
 ROWS = [pytest.param(op, id=op.name) for op in ROI_OPS]
-
-
-def launcher(op: Op, backward: bool = False) -> Any:
-    """The function that dispatches to the kernels, given the parameters that the dispatcher would give it."""
-    direction = "backward" if backward else "forward"
-    kernels = function(op, direction, "cuda")
-
-    def launch(*arrays: Any, **named: Any) -> Any:
-        return kernels(*arrays, **parameters_for(op, direction, "cuda", named))
-
-    return launch
 
 
 def run_both(
@@ -199,12 +187,12 @@ def test_argmax_of_an_invalid_roi_is_none_and_a_wrong_argmax_adds_nothing(librar
     image, rois = np.ones((1, 2, 4, 4), np.float32), np.array([[7, 0, 0, 3, 3], [0, 0, 0, 3, 3]], np.float32)
     params = {**OPS["roi_pool"].samples(0)[0].params, "output_size": (1, 1), "spatial_scale": 1.0}
     device = HostDevice(library)
-    y, argmax = roi_pool.roi_pool(image, rois, **params, return_argmax=True, device=device)
+    y, argmax = launcher(OPS["roi_pool"])(image, rois, **params, return_argmax=True, device=device)
     assert argmax.ravel().tolist() == [-1, -1, 0, 0] and np.isnan(y[0]).all() and (y[1] == 1).all()
     for deterministic in (False, True):
         params["deterministic"] = deterministic
         wrong = np.array([0, 0, 2**40, -7]).reshape(2, 2, 1, 1)
-        run = functools.partial(roi_pool.roi_pool_backward, np.ones((2, 2, 1, 1), np.float32), image, rois, wrong)
+        run = functools.partial(launcher(OPS["roi_pool"], True), np.ones((2, 2, 1, 1), np.float32), image, rois, wrong)
         assert not run(**params, wrt=("input",), device=device)["input"].any()
         with pytest.raises(ValueError, match="roi_pool: argmax: expected indices"):
             run(**{**params, "validate": True}, wrt=("input",), device=device)
@@ -398,21 +386,21 @@ def large_map_is_right(library: Library) -> bool:
     box = np.array([[0, side - 2, side - 2, side - 1, side - 1]], np.float32)
     device, grad = host.SparseDevice(library), np.full((1, 1, 1, 1), 4, np.float32)
     common = {"output_size": (1, 1), "spatial_scale": 1.0, "device": device}
-    y, argmax = roi_pool.roi_pool(image, box, mode="max", return_argmax=True, **common)
+    y, argmax = launcher(OPS["roi_pool"])(image, box, mode="max", return_argmax=True, **common)
     if (y.item(), argmax.item()) != (8, side * side - 1):
         return False
     options = {**common, "deterministic": False, "wrt": ("input",)}
     for mode, last, most in (("max", 4, 0), ("avg", 1, 1)):
-        grad_input = roi_pool.roi_pool_backward(grad, image, box, mode=mode, **options)["input"]
+        grad_input = launcher(OPS["roi_pool"], True)(grad, image, box, mode=mode, **options)["input"]
         if (grad_input[0, 0, -1, -1], grad_input[0, 0, -1, -2]) != (last, most):
             return False
     options = {**common, "gamma": 0.1, "sampling_ratio": 1, "convention": "mmcv"}
     box = np.array([[0, side - 1.5, side - 1.5, side - 0.5, side - 0.5]], np.float32)
     offset = np.zeros((1, 2, 1, 1), np.float32)
-    if deform_roi_pool.deform_roi_pool(image, box, offset, None, **options).item() != 3.5:
+    if launcher(OPS["deform_roi_pool"])(image, box, offset, None, **options).item() != 3.5:
         return False
     options |= {"deterministic": False, "wrt": ("offset",)}
-    slopes = deform_roi_pool.deform_roi_pool_backward(grad, image, box, offset, None, **options)["offset"]
+    slopes = launcher(OPS["deform_roi_pool"], True)(grad, image, box, offset, None, **options)["offset"]
     return bool(np.allclose(slopes.ravel(), [4 * 0.1 * 3, 4 * 0.1 * 4]))
 
 
