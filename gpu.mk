@@ -3,8 +3,9 @@
 # are missing (hypothesis, SciPy) are skipped and counted.
 #
 # Each part ends by itself after 8 minutes, by an interrupt: what was tested, checked or measured until then is saved.
-# Test and check results go to build/gpu/records, timings to bench_results (GPU_BENCH='--dtype float16' for others;
-# GPU_AGAINST= for no peer), after which `dcn-bench readme` brings README.md up to date.
+# Test and check results go to build/gpu/records, timings to bench_results/local (GPU_BENCH='--dtype float16' for
+# others; GPU_AGAINST= for no peer). GPU_BENCH=--publish puts the record among the published ones, in bench_results,
+# after which `dcn-bench readme` brings README.md up to date.
 
 PYTHON ?= python3
 GPU_PACKAGE := build/gpu
@@ -45,7 +46,7 @@ gpu-check: gpu-ready ## Gradients and agreement of the backends on the GPU, unde
 		$(DCN_CHECK) $$check --backend cuda --output $(GPU_RECORDS)/$$check.json || failed=1; \
 	done; exit $$failed
 
-gpu-bench: gpu-ready ## Time the operators on the GPU against torchvision; the record is saved in bench_results
+gpu-bench: gpu-ready ## Time the operators on the GPU against torchvision; the record is saved in bench_results/local
 	$(DCN_BENCH) profile --backend cuda $(GPU_AGAINST) $(GPU_BENCH)
 
 gpu-sanitize: gpu-ready ## compute-sanitizer (memcheck, then racecheck) on small calls that run every kernel

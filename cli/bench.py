@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 from dcn_kernels.cli import console
 from dcn_kernels.cli.cost import cost
 from dcn_kernels.cli.sampling import sampling
 
 BACKENDS = ("reference", "cpu", "cuda")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
-RESULTS = "bench_results"
+RESULTS = "bench_results"  # of published records; one's own are in its folder "local", which git ignores
 
 
 @click.group(cls=console.Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -41,9 +42,10 @@ def main() -> None:
 @click.option("--layer", "names", multiple=True, metavar="NAME", help="Named layer; repeatable (see dcn-bench layers).")
 @click.option("--list", "only_list", is_flag=True, help="List what would be run, and stop.")
 @click.option("--filter", "pattern", metavar="REGEX", help="Only layers whose name matches.")
-@click.option("--shape", metavar="SIZES", help="A layer of your own, such as C=64,H=56,W=56,O=64,kernel=3x3.")
-@click.option("--shapes", "toml", metavar="FILE", help="Layers of a TOML file, tables [layers.NAME] with op and sizes: "
-              "all, or those named by --layer.")  # fmt: skip
+@click.option("--shape", "shapes", multiple=True, metavar="SIZES", help="A layer of your own: N=1,C=64,H=56,W=56,O=64,"
+              "kernel=3x3 or NxCxHxW:O:KHxKW, as in 1x64x56x56:64:3x3,padding=1; repeatable.")  # fmt: skip
+@click.option("--shapes", "toml", metavar="FILE", help="Layers of a TOML file, tables [layers.NAME] with op and its "
+              "sizes, or with sizes as --shape takes them: all, or those named by --layer.")  # fmt: skip
 @click.option("--op", "ops", multiple=True, metavar="NAME", help="Only this operator; repeatable. Of --shape: its.")
 @click.option("--direction", "directions", multiple=True, type=click.Choice(["forward", "backward"]),
               help="Default: both.")  # fmt: skip
@@ -69,13 +71,15 @@ def main() -> None:
 @click.option("--json", "shape_of_output", flag_value="json", help="Print only the record.")
 @click.option("--csv", "shape_of_output", flag_value="csv", help="Print only CSV.")
 @click.option("--markdown", "shape_of_output", flag_value="md", help="Print only Markdown.")
-@click.option("--output", metavar="FILE", help="Save to FILE (.json, .csv or .md) in place of bench_results/.")
+@click.option("--output", metavar="FILE", help="Save to FILE (.json, .csv or .md) in place of bench_results/local/.")
+@click.option("--publish", is_flag=True, help="Save the record among the published ones, in bench_results/.")
+@console.WIDE
 @click.option("--no-save", is_flag=True, help="Save no record where there is no --output.")
 def profile(
     names: tuple[str, ...],
     only_list: bool,
     pattern: str | None,
-    shape: str | None,
+    shapes: tuple[str, ...],
     toml: str | None,
     ops: tuple[str, ...],
     directions: tuple[str, ...],
@@ -89,9 +93,11 @@ def profile(
     peers: tuple[str, ...],
     shape_of_output: str | None,
     output: str | None,
+    publish: bool,
+    wide: bool,
     no_save: bool,
 ) -> None:
-    """Check and time operators on layer shapes; the record goes to bench_results/ or to --output.
+    """Check and time operators on layer shapes; the record goes to bench_results/local/ or to --output.
 
     Every result is compared with the reference before it is timed. A peer runs in a process of its own, in the
     interpreter given, on the same arrays and device, in rounds between ours; peers: torchvision, torch (its plain
@@ -109,27 +115,41 @@ def profile(
       dcn-bench profile --against torchvision=/path/to/venv/bin/python --against torch=/path/to/venv/bin/python
       dcn-bench profile --filter '^resnet' --csv --no-save > rows.csv
     """
-    from dcn_kernels import layers, profiling, record
+    from dcn_kernels.bench import inputs, layers, profiling, record, spot_checks
     from dcn_kernels.environment import available, blas, why_not
+    from dcn_kernels.ops.registry import OPS
 
-    chosen = _chosen_layers(names, pattern, shape, toml, ops)
+    chosen = _chosen_layers(names, pattern, shapes, toml, ops)
     if only_list:
-        _list_layers(chosen)
+        _alone("--list", "names", "only_list", "pattern", "shapes", "toml", "ops", "wide")
+        _list_layers(chosen, wide)
         return
+    if (bool(output), publish, no_save).count(True) > 1:
+        console.fail("--output, --publish and --no-save: expected one of them")
+    for option, values in (("layer", names), ("op", ops), ("direction", directions), ("backend", backends),
+                           ("dtype", dtypes), ("threads", threads), ("offsets", offsets)):  # fmt: skip
+        for value in values:
+            if values.count(value) > 1:  # type: ignore[arg-type]
+                console.fail(f"--{option}: {value} is named twice")
+    if offsets and not any(profiling.has_offsets(OPS[layer["op"]]) for layer in chosen.values()):
+        console.fail("--offsets: none of the operators has offsets")
     if output and Path(output).suffix not in record.FORMATS:
         console.fail(f"--output: expected a name that ends in {', '.join(record.FORMATS)}, got {output!r}")
     if output:
         console.check_writable(output)
     elif not no_save:
-        _results_folder()
+        _results_folder(publish)
     backends = backends or (("cuda",) if "cuda" in available() else ("cpu",))
     for backend in backends:
         reason = why_not(backend)
         if reason:
             console.fail(f"backend {backend} is not available: {reason}", console.UNAVAILABLE)
+    if threads and "cpu" not in backends and not peers:
+        console.fail("--threads: expected the CPU backend or a peer")
+    _refuse_what_memory_does_not_hold(chosen, dtypes)
     for layer_name, layer in chosen.items():
         try:
-            profiling.make_inputs(layers.cut(layer, channels=False), "zero", "float32", seed)
+            inputs.make_inputs(layers.cut(layer, channels=False), "zero", "float32", seed)
         except ValueError as error:
             console.fail(f"layer {layer_name}: {error}")
     rows: list[dict[str, Any]] = []
@@ -148,7 +168,7 @@ def profile(
     try:
         for count in threads or (None,):
             settings = profiling.Settings(
-                directions or profiling.DIRECTIONS, dtypes or ("float32",), backends, offsets or ("smooth", "random"),
+                directions or inputs.DIRECTIONS, dtypes or ("float32",), backends, offsets or ("smooth", "random"),
                 count, seed, budget, reuse,
             )  # fmt: skip
             with console.progress("profile") as report, _running(peers, count, versions) as running:
@@ -156,7 +176,7 @@ def profile(
                     rows.append(row)
     except KeyboardInterrupt:
         interrupted = True
-    except profiling.Mismatch as error:
+    except spot_checks.Mismatch as error:
         failure = f"wrong result, not timed: {error}"
     except MemoryError as error:
         failure = f"a layer does not fit into memory: {error}"
@@ -166,7 +186,7 @@ def profile(
               "load": load}  # fmt: skip
     if rows:
         profiling.best_ceilings(rows)
-        _finish_profile(record.make(rows, stated, versions), shape_of_output, output, no_save)
+        _finish_profile(record.make(rows, stated, versions), shape_of_output, output, publish, no_save, wide)
     if interrupted:
         console.warn("interrupted: what was measured until then is kept")
         raise SystemExit(console.INTERRUPTED)
@@ -176,11 +196,40 @@ def profile(
         console.fail("nothing was measured", console.FAILED)
 
 
+def _alone(option: str, *beside: str) -> None:
+    """Refuse options that this one would have ignored."""
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        given = context.get_parameter_source(str(parameter.name)) is ParameterSource.COMMANDLINE
+        if given and parameter.name not in beside:
+            console.fail(f"{option} runs nothing: {parameter.opts[0]} would be ignored")
+
+
+def _refuse_what_memory_does_not_hold(chosen: dict[str, Any], dtypes: tuple[str, ...]) -> None:
+    """Before anything is allocated."""
+    from dcn_kernels import environment
+    from dcn_kernels.bench import layers
+    from dcn_kernels.dtypes import DTYPES as STORAGE
+
+    held = environment.memory()
+    itemsize = max(STORAGE[dtype].itemsize for dtype in dtypes or ("float32",))
+    for name, layer in chosen.items():
+        needed = layers.memory(layer, itemsize)
+        if held is not None and needed > held:
+            console.fail(
+                f"layer {name}: timing it takes at least {_gigabytes(needed)} of memory, there are {_gigabytes(held)}"
+            )
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:,.1f} GB" if size < 1e15 else f"{size / 1e9:.1e} GB"
+
+
 def _chosen_layers(
-    names: tuple[str, ...], pattern: str | None, shape: str | None, toml: str | None, ops: tuple[str, ...]
+    names: tuple[str, ...], pattern: str | None, shapes: tuple[str, ...], toml: str | None, ops: tuple[str, ...]
 ) -> dict[str, Any]:
-    from dcn_kernels import layers
-    from dcn_kernels.registry import OPS
+    from dcn_kernels.bench import layers
+    from dcn_kernels.ops.registry import OPS
 
     for op in ops:
         if op not in OPS:
@@ -190,12 +239,19 @@ def _chosen_layers(
     try:
         if toml:
             known = layers.read_toml(toml)
-        if shape:
-            chosen["shape"] = layers.parse(ops[0] if ops else "deform_conv2d", shape)
-    except ValueError as error:
-        console.fail(f"{'--shapes ' + toml if toml else '--shape'}: {error}")
-    except OSError as error:
-        console.fail(f"--shapes: cannot read {toml}: {error.strerror}")
+    except (ValueError, OSError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        console.fail(f"--shapes {toml}: {why}")
+    if shapes and len(ops) > 1:
+        console.fail("--op: expected one operator for --shape")
+    for text in shapes:
+        try:
+            layer = layers.parse(ops[0] if ops else "deform_conv2d", text)
+        except ValueError as error:
+            console.fail(f"--shape {text}: {error}")
+        if layers.named(layer) in chosen:
+            console.fail(f"--shape {text}: the same sizes are given twice")
+        chosen[layers.named(layer)] = layer
     for name in names:
         if name not in known:
             console.fail(f"--layer: no layer {name!r}; there are: {', '.join(known)}")
@@ -205,9 +261,9 @@ def _chosen_layers(
     if not chosen:
         names = tuple(known) if pattern or ops else layers.DEFAULT_SET
         chosen = {name: known[name] for name in names if known[name]["op"] in OPS}
-    for name, layer in chosen.items():
-        if layer["op"] not in OPS:
-            console.fail(f"layer {name}: no operator {layer['op']!r}; there are: {', '.join(OPS)}")
+    for op in ops:
+        if op not in (layer["op"] for layer in chosen.values()):
+            console.fail(f"--op: no layer of {op} was chosen")
     try:
         matches = re.compile(pattern or "")
     except re.error as error:
@@ -226,8 +282,8 @@ class _running:
         self.peers: list[Any] = []
 
     def __enter__(self) -> list[Any]:
+        from dcn_kernels.bench.peers import Peer, PeerError
         from dcn_kernels.environment import threads
-        from dcn_kernels.peers import Peer, PeerError
 
         for spec in self.specs:
             try:
@@ -252,47 +308,57 @@ class _running:
             peer.close()
 
 
-def _finish_profile(found: dict[str, Any], shape_of_output: str | None, output: str | None, no_save: bool) -> None:
-    from dcn_kernels import record
+def _finish_profile(
+    found: dict[str, Any],
+    shape_of_output: str | None,
+    output: str | None,
+    publish: bool,
+    no_save: bool,
+    wide: bool,
+) -> None:
+    from dcn_kernels.bench import record
 
     path = output
     if not output and not no_save:
         where = "gpu" if "cuda" in found["settings"]["backends"] else "cpu"
-        path = str(_results_folder() / f"{found['created'][:19].replace(':', '')}-{where}.json")
+        path = str(_results_folder(publish) / f"{found['created'][:19].replace(':', '')}-{where}.json")
     if path:  # before anything is shown: whoever reads stdout may have gone
         console.write(path, record.FORMATS[Path(path).suffix](found))
     if shape_of_output:
         console.say(record.FORMATS[f".{shape_of_output}"](found).rstrip("\n"))
     else:
         columns, rows, right = record.cells(found)
-        console.table(record.caption(found), columns, rows, right)
+        console.table(record.caption(found), columns, rows, right, first=record.told_first(columns), wide=wide)
     if path:
         console.note(f"saved {path}")
 
 
-def _results_folder() -> Path:
+def _results_folder(publish: bool) -> Path:
     """Where records go that are given no name."""
+    folder = Path(RESULTS) if publish else Path(RESULTS, "local")
     try:
-        Path(RESULTS).mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        console.fail(f"cannot make the folder {RESULTS}: {error.strerror}; --output names a file, --no-save saves none")
-    console.check_writable(str(Path(RESULTS) / "record.json"))
-    return Path(RESULTS)
+        console.fail(f"cannot make the folder {folder}: {error.strerror}; --output names a file, --no-save saves none")
+    console.check_writable(str(folder / "record.json"))
+    return folder
 
 
-def _list_layers(chosen: dict[str, Any]) -> None:
-    from dcn_kernels import layers
+def _list_layers(chosen: dict[str, Any], wide: bool) -> None:
+    from dcn_kernels.bench import layers
 
     rows = [
         [name, layer["op"], layers.shown(layer), f"{layer['spread']:g}", layer["source"]]
         for name, layer in chosen.items()
     ]
-    console.table("", ["layer", "operator", "sizes", "spread", "source"], rows, right=["spread"])
+    columns = ["layer", "operator", "sizes", "spread", "source"]
+    console.table("", columns, rows, right=["spread"], folded=["sizes", "source"], wide=wide)
 
 
 @main.command("layers")
 @click.option("--json", "as_json", is_flag=True, help="Print only JSON.")
-def layers_command(as_json: bool) -> None:
+@console.WIDE
+def layers_command(as_json: bool, wide: bool) -> None:
     """List the named layers with their sizes and how far their offsets reach.
 
     \b
@@ -300,20 +366,21 @@ def layers_command(as_json: bool) -> None:
       dcn-bench layers
       dcn-bench layers --json
     """
-    from dcn_kernels import layers
-    from dcn_kernels.registry import OPS
+    from dcn_kernels.bench import layers
+    from dcn_kernels.ops.registry import OPS
 
     known = {name: layer for name, layer in layers.LAYERS.items() if layer["op"] in OPS}
     if as_json:
         shown = {name: {k: v for k, v in layer.items() if k != "given"} for name, layer in known.items()}
         console.say_json(shown)
     else:
-        _list_layers(known)
+        _list_layers(known, wide)
 
 
 @main.command("env")
 @click.option("--json", "as_json", is_flag=True, help="Print only JSON.")
-def env_command(as_json: bool) -> None:
+@console.WIDE
+def env_command(as_json: bool, wide: bool) -> None:
     """Show what is installed, which backends work and why not, threads, the BLAS, and what could be faster.
 
     \b
@@ -321,7 +388,8 @@ def env_command(as_json: bool) -> None:
       dcn-bench env
       dcn-bench env --json
     """
-    from dcn_kernels import environment, peers
+    from dcn_kernels import environment
+    from dcn_kernels.bench import peers
 
     commit, dirty = environment.commit()
     found = {
@@ -347,7 +415,7 @@ def env_command(as_json: bool) -> None:
             rows += [[section, "", str(entry)] for entry in value]
         else:
             rows.append([section, "", str(value)])
-    console.table("", ["", "what", "found"], rows)
+    console.table("", ["", "what", "found"], rows, folded=["found"], wide=wide)
 
 
 @main.command()
@@ -355,7 +423,8 @@ def env_command(as_json: bool) -> None:
 @click.argument("new")
 @click.option("--fail-above", type=click.FloatRange(0, min_open=True), metavar="RATIO", help="Exit 1 above new/old.")
 @click.option("--json", "as_json", is_flag=True, help="Print only JSON.")
-def compare(old: str, new: str, fail_above: float | None, as_json: bool) -> None:
+@console.WIDE
+def compare(old: str, new: str, fail_above: float | None, as_json: bool, wide: bool) -> None:
     """Compare two records row by row: faster, slower, same or unsure, from the samples' spread.
 
     The interval is a 95 % bootstrap interval of the ratio of medians; "same" lies within 3 % of 1, and fewer than five
@@ -367,7 +436,7 @@ def compare(old: str, new: str, fail_above: float | None, as_json: bool) -> None
       dcn-bench compare old.json new.json
       dcn-bench compare old.json new.json --fail-above 1.1
     """
-    from dcn_kernels import record
+    from dcn_kernels.bench import record
 
     before, after = _read(old), _read(new)
     rows, warnings = record.compare(before, after)
@@ -398,13 +467,16 @@ def compare(old: str, new: str, fail_above: float | None, as_json: bool) -> None
              f"{row['ratio']:.3f}", "{:.3f}-{:.3f}".format(*row["interval"]), row["verdict"]]
             for row in rows
         ]  # fmt: skip
-        console.table("", columns, cells, right=["threads", "old ms", "new ms", "ratio", "95 %"])
+        differ = [c for i, c in enumerate(columns[:7]) if c != "op" and len({row[i] for row in cells}) > 1]
+        first = [*differ, "verdict", "ratio", "old ms", "new ms", "95 %"]
+        right = ["threads", "old ms", "new ms", "ratio", "95 %"]
+        console.table("", columns, cells, right, first=first, wide=wide)
     if failed:
         console.fail(f"{len(failed)} rows are slower by more than {fail_above:g}", console.FAILED)
 
 
 def _read(path: str) -> dict[str, Any]:
-    from dcn_kernels import record
+    from dcn_kernels.bench import record
 
     try:
         found = record.read(path)
@@ -441,7 +513,7 @@ def plot(records: tuple[str, ...], output: str, what: str) -> None:
     read = {stem if stems.count(stem) == 1 else path: _read(path) for stem, path in zip(stems, records, strict=True)}
     if importlib.util.find_spec("matplotlib") is None:
         console.fail("plot needs matplotlib: pip install 'dcn-kernels[plot]'")
-    from dcn_kernels import plots
+    from dcn_kernels.bench import plots
 
     try:
         picture = plots.draw(read, what, Path(output).suffix[1:])
@@ -462,7 +534,7 @@ def readme(folder: str) -> None:
     Example:
       dcn-bench readme
     """
-    from dcn_kernels import record
+    from dcn_kernels.bench import record
 
     records = {path.name: _read(str(path)) for path in sorted(Path(folder).glob("*.json"))}
     if not records:

@@ -56,6 +56,7 @@ def _selection(command: Any) -> Any:
                 "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of cases and directions."
             ),
             click.option("--json", "as_json", is_flag=True, help="Print only JSON."),
+            console.WIDE,
             click.option("--output", metavar="FILE", help="Also write the table to FILE (.json, .csv, .md or .txt)."),
         ]
     ):
@@ -66,7 +67,7 @@ def _selection(command: Any) -> Any:
 def _checked(ops: Sequence[str], backends: Sequence[str], output: str | None) -> tuple[str, ...]:
     """The backends to run; refuses unknown operators, unavailable backends and unwritable files."""
     from dcn_kernels.environment import available, why_not
-    from dcn_kernels.registry import OPS
+    from dcn_kernels.ops.registry import OPS
 
     for name in ops:
         if name not in OPS:
@@ -103,6 +104,7 @@ def gradients(
     backends: tuple[str, ...],
     seed: int,
     as_json: bool,
+    wide: bool,
     output: str | None,
     arguments: tuple[str, ...],
     mode: str,
@@ -122,8 +124,9 @@ def gradients(
       dcn-check gradients --backend cpu --json
       dcn-check gradients --self-test --backend cpu
     """
-    from dcn_kernels import gradcheck, planted_faults
-    from dcn_kernels.registry import OPS
+    from dcn_kernels.check import gradients as gradcheck
+    from dcn_kernels.check import planted_faults
+    from dcn_kernels.ops.registry import OPS
 
     chosen = _checked(ops, backends, output)
     known = {name for op in OPS.values() for name in op.differentiable}
@@ -154,9 +157,13 @@ def gradients(
         columns = ["operator", "argument", "dtype", "backend", "planted fault", "status", "caught by"]
     else:
         shown, columns = [_cells(row) for row in rows], list(_COLUMNS)
-    _finish(rows, columns, shown, as_json, output, interrupted, {"mode": mode, "seed": seed, "self_test": self_test})
+    _finish(
+        rows, columns, shown, as_json, wide, output, interrupted, {"mode": mode, "seed": seed, "self_test": self_test}
+    )
 
 
+_WHICH = ("operator", "argument", "result", "dtype", "backend", "planted fault")
+_LONG = ("worst check", "worst case", "planted fault", "caught by")
 _COLUMNS = (
     "operator", "argument", "dtype", "backend", "status", "error", "tolerance", "worst index", "analytic", "numeric",
     "worst check",
@@ -181,6 +188,7 @@ def backends(
     backends: tuple[str, ...],
     seed: int,
     as_json: bool,
+    wide: bool,
     output: str | None,
 ) -> None:
     """Run every available backend on the same inputs and compare outputs and gradients with the reference's.
@@ -190,7 +198,7 @@ def backends(
       dcn-check backends
       dcn-check backends --op deform_conv2d --dtype bfloat16 --backend cpu
     """
-    from dcn_kernels import gradcheck
+    from dcn_kernels.check import gradients as gradcheck
 
     chosen = _checked(ops, backends, output)
     rows: list[Any] = []
@@ -203,7 +211,7 @@ def backends(
         except KeyboardInterrupt:
             interrupted = True
     columns = ["operator", "result", *_COLUMNS[2:7], "worst index", "got", "reference", "worst case"]
-    _finish(rows, columns, [_cells(row) for row in rows], as_json, output, interrupted, {"seed": seed})
+    _finish(rows, columns, [_cells(row) for row in rows], as_json, wide, output, interrupted, {"seed": seed})
 
 
 def _finish(
@@ -211,6 +219,7 @@ def _finish(
     columns: list[str],
     shown: list[list[str]],
     as_json: bool,
+    wide: bool,
     output: str | None,
     interrupted: bool,
     settings: dict[str, Any],
@@ -224,11 +233,13 @@ def _finish(
     if as_json:
         console.say(text)
     else:
-        console.table("", columns, shown, right=("error", "tolerance", "analytic", "numeric", "got", "reference"))
+        right = ("error", "tolerance", "analytic", "numeric", "got", "reference")
+        first = (*(c for c in columns if c in _WHICH), "status", *right[:2])
+        console.table("", columns, shown, right, first=first, folded=[c for c in columns if c in _LONG], wide=wide)
         console.say(", ".join(f"{count} {status}" for status, count in summary.items()))
     for row in rows:
         if row.status == "FAIL" and getattr(row, "command", ""):
-            console.note(f"failed: {row.command}")
+            console.note(f"failed: {row.command}", command=True)
     if interrupted:
         console.warn("interrupted: the table holds what was checked until then")
         raise SystemExit(console.INTERRUPTED)
@@ -255,7 +266,8 @@ def _formatted(suffix: str, text: str, columns: list[str], shown: list[list[str]
     "--arch", "archs", multiple=True, metavar="sm_NN", help="GPU architecture; repeatable. Default: all known."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print only JSON.")
-def kernels(archs: tuple[str, ...], as_json: bool) -> None:
+@console.WIDE
+def kernels(archs: tuple[str, ...], as_json: bool, wide: bool) -> None:
     """Compile every CUDA kernel with NVRTC and list its registers, spills and memory. Needs no GPU.
 
     Exit codes: 0 all compile without a spill, 1 otherwise, 3 NVRTC is not installed.
@@ -288,7 +300,8 @@ def kernels(archs: tuple[str, ...], as_json: bool) -> None:
         cells = [
             [" ".join(row[column]) if column == "flags" else str(row[column]) for column in columns] for row in rows
         ]
-        console.table("", columns, cells, right=columns[4:])
+        first = [c for c in columns if c != "flags"]
+        console.table("", columns, cells, columns[4:], first=first, folded=["flags"], wide=wide)
     spills = [row for row in rows if row["spill_bytes"]]
     for row in spills:
         console.note(f"{row['kernel']} {row['dtype']} {row['arch']}: spills {row['spill_bytes']} bytes of registers")

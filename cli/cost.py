@@ -12,7 +12,7 @@ NETWORKS = ("DeepLab", "class-aware RPN", "Faster R-CNN", "R-FCN")
 VARIANTS = {"plain": ("plain",), "deformable": ("deformable", "offsets")}  # the parts that only they have
 
 
-@click.command()
+@click.command(cls=console.Command)
 @click.option("--network", "names", multiple=True, type=click.Choice(NETWORKS, case_sensitive=False),
               help="Only this one; repeatable.")  # fmt: skip
 @click.option("--offset-groups", default="1", show_default=True, type=click.Choice(["1", "2", "4", "8"]),
@@ -23,6 +23,7 @@ VARIANTS = {"plain": ("plain",), "deformable": ("deformable", "offsets")}  # the
 @click.option("--budget", default=0.3, show_default=True, type=click.FloatRange(0, min_open=True),
               help="Seconds for each operator's call.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print only JSON.")
+@console.WIDE
 def cost(
     names: tuple[str, ...],
     offset_groups: str,
@@ -31,6 +32,7 @@ def cost(
     threads: int | None,
     budget: float,
     as_json: bool,
+    wide: bool,
 ) -> None:
     """Plain against deformable networks, layer by layer (Table 4 of the paper).
 
@@ -43,7 +45,7 @@ def cost(
       dcn-bench cost --network R-FCN --threads 2
       dcn-bench cost --json > cost.json
     """
-    from dcn_kernels import network_cost
+    from dcn_kernels.bench import network_cost
     from dcn_kernels.environment import why_not
 
     if not no_time and why_not(backend):
@@ -67,9 +69,9 @@ def cost(
         console.say_json({"networks": found, "not_comparable": network_cost.NOT_COMPARABLE})
     else:
         for name, summary in found.items():
-            _show(name, summary)
+            _show(name, summary, wide)
         for remark in network_cost.NOT_COMPARABLE:
-            console.say(f"- {remark}")
+            console.prose(f"- {remark}")
     if interrupted:
         console.warn("interrupted: time and memory are left out")
         raise SystemExit(console.INTERRUPTED)
@@ -129,7 +131,7 @@ def _largest(temporary: list[int | None]) -> int | None:
     return max(known) if len(known) == len(temporary) else None
 
 
-def _show(name: str, summary: dict[str, Any]) -> None:
+def _show(name: str, summary: dict[str, Any], wide: bool) -> None:
     timed = "ms" in summary["whole"]["plain"]
     columns = ["layer", "part", "parameters", "of those added", "GFLOP"]
     columns += ["ms", "timed as", "result MB", "temporary MB"] if timed else []
@@ -146,6 +148,8 @@ def _show(name: str, summary: dict[str, Any]) -> None:
         columns,
         cells,
         right=[c for c in columns[2:] if c != "timed as"],
+        first=["layer", "part", "parameters", "GFLOP", "ms"],
+        wide=wide,
     )
     whole, differing, paper = summary["whole"], summary["differing"], summary["paper"]
     rows = [
@@ -170,7 +174,7 @@ def _show(name: str, summary: dict[str, Any]) -> None:
             held = {variant: found["memory_bytes"][kind] for variant, found in sums.items()}
             rows.append(_line(label, held, lambda size: None if size is None else size / 1e6, 2))
     columns = ["", "plain", "deformable", "added", "ratio"]
-    console.table("", columns, rows, right=columns[1:])
+    console.table("", columns, rows, right=columns[1:], wide=wide)
     beyond = summary["added_beyond_rounding_m"]
     if beyond:
         where = "more" if beyond > 0 else "fewer"
@@ -178,7 +182,8 @@ def _show(name: str, summary: dict[str, Any]) -> None:
                 "0.1 M, admit; its text does not tell why.")  # fmt: skip
     else:
         told = "the parameters of the offset layers agree with the paper's figures, rounded to 0.1 M."
-    console.say(" ".join(filter(None, [f"{name}: {told}", summary["remark"]])) + "\n")
+    console.prose(" ".join(filter(None, [f"{name}: {told}", summary["remark"]])))
+    console.say("")
 
 
 def _mb(size: int | None) -> str:

@@ -32,7 +32,7 @@ def _unit(context: click.Context, option: click.Parameter, values: tuple[str, ..
     return units
 
 
-@click.command()
+@click.command(cls=console.Command)
 @click.option("--offset", "offsets", multiple=True, metavar="FILE.npy", help="Offsets of a layer (N, 2*OG*K, OH, OW); "
               "repeat for layers above each other, the top one last.")  # fmt: skip
 @click.option("--image", metavar="FILE", help="Image file of the whole input, drawn beneath.")
@@ -48,6 +48,7 @@ def _unit(context: click.Context, option: click.Parameter, values: tuple[str, ..
 @click.option("--index", default=0, show_default=True, help="Which image of the batch.")
 @click.option("--group", default=0, show_default=True, help="Which offset group.")
 @click.option("--json", "as_json", is_flag=True, help="Print only the numbers, as JSON.")
+@console.WIDE
 def sampling(
     offsets: tuple[str, ...],
     image: str | None,
@@ -62,6 +63,7 @@ def sampling(
     index: int,
     group: int,
     as_json: bool,
+    wide: bool,
 ) -> None:
     """Show where deformable filters look: a picture of their sampling points, and numbers of each layer's offsets.
 
@@ -100,7 +102,7 @@ def sampling(
         console.fail("--image and --at belong to a picture: expected -o FILE.png")
     photograph, caption = None, ""
     if demo:
-        from dcn_kernels import sampling_picture
+        from dcn_kernels.deformation import picture as sampling_picture
 
         photograph, layers, chosen = sampling_picture.demo()
         units, names, caption = units or chosen, ["layer 1", "layer 2", "layer 3"], sampling_picture.SYNTHETIC
@@ -114,10 +116,10 @@ def sampling(
     if image:
         photograph = _picture(image)
     sizes = _sizes(layers, input_size)
-    _numbers(names, layers, sizes, as_json)
+    _numbers(names, layers, sizes, as_json, wide)
     if not output:
         return
-    from dcn_kernels import sampling_picture
+    from dcn_kernels.deformation import picture as sampling_picture
 
     if not units:
         OH, OW = layers[-1]["offset"].shape[2:]
@@ -184,10 +186,12 @@ def _as_pair(value: Any) -> tuple[int, int]:
     return value if isinstance(value, tuple) else (value, value)
 
 
-def _numbers(names: list[str], layers: list[dict[str, Any]], sizes: list[tuple[int, int]], as_json: bool) -> None:
+def _numbers(
+    names: list[str], layers: list[dict[str, Any]], sizes: list[tuple[int, int]], as_json: bool, wide: bool
+) -> None:
     """A row for each layer on stdout."""
     from dcn_kernels import effective_dilation, offset_statistics
-    from dcn_kernels.dilation_classes import mean_and_spread
+    from dcn_kernels.deformation.dilation_classes import mean_and_spread
 
     rows: list[dict[str, Any]] = []
     for name, layer, size in zip(names, layers, sizes, strict=True):
@@ -210,4 +214,4 @@ def _numbers(names: list[str], layers: list[dict[str, Any]], sizes: list[tuple[i
         shares = [f"{100 * found[key]:.1f} %" for key in ("outside", "outside_without_offsets")]
         lengths = [f"{length:.2f}" for length in found["length"].values()]
         cells.append([found["layer"], *spread, *shares, str(found["nan"]), str(found["infinite"]), *lengths])
-    console.table("", columns, cells, right=columns[1:])
+    console.table("", columns, cells, right=columns[1:], wide=wide)

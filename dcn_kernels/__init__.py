@@ -4,24 +4,24 @@ Every function takes arrays of any DLPack framework, computes on the device wher
 caller's own kind of array. See `OPS` for the list of operators.
 """
 
-from dcn_kernels.deform_conv import convert_offsets, deform_conv2d, deform_conv2d_backward
-from dcn_kernels.deform_roi_pool import (
-    deform_ps_roi_pool,
-    deform_ps_roi_pool_backward,
-    deform_roi_pool,
-    deform_roi_pool_backward,
-)
-from dcn_kernels.deformation import (
+from dcn_kernels.deformation.dilation_classes import effective_dilation_by_class
+from dcn_kernels.deformation.roi_bins import deform_ps_roi_bins, deform_roi_bins
+from dcn_kernels.deformation.sampling_points import (
     effective_dilation,
     offset_statistics,
     sampling_points,
     stacked_sampling_points,
 )
-from dcn_kernels.dilation_classes import effective_dilation_by_class
-from dcn_kernels.offset_sample import offset_sample2d, offset_sample2d_backward
-from dcn_kernels.registry import OPS
-from dcn_kernels.roi_bins import deform_ps_roi_bins, deform_roi_bins
-from dcn_kernels.roi_pool import (
+from dcn_kernels.ops.deform_conv import convert_offsets, deform_conv2d, deform_conv2d_backward
+from dcn_kernels.ops.deform_roi_pool import (
+    deform_ps_roi_pool,
+    deform_ps_roi_pool_backward,
+    deform_roi_pool,
+    deform_roi_pool_backward,
+)
+from dcn_kernels.ops.offset_sample import offset_sample2d, offset_sample2d_backward
+from dcn_kernels.ops.registry import OPS
+from dcn_kernels.ops.roi_pool import (
     ps_roi_align,
     ps_roi_align_backward,
     ps_roi_pool,

@@ -34,16 +34,16 @@ import jax
 import numpy as np
 
 import dcn_kernels
-from dcn_kernels import shapes
-from dcn_kernels.op import Op
-from dcn_kernels.op import function as backend_function
+from dcn_kernels import dtypes
+from dcn_kernels.dispatch import shapes
+from dcn_kernels.dispatch.call import check_values, parameters_for
+from dcn_kernels.dispatch.call import function as backend_function
+from dcn_kernels.dispatch.row import Op
 
 if not hasattr(jax, "ffi"):
     raise ImportError(f"dcn_kernels.jax: expected a JAX with jax.ffi (0.5 or newer), got JAX {jax.__version__}")
 
 TARGET = "dcn_kernels"
-# What only the plain functions take: XLA allocates results and knows the device.
-PLAIN_ONLY = ("out", "backend", "return_argmax")
 
 # ---------------------------------------------------------------- XLA's interface, of xla/ffi/api/c_api.h
 
@@ -52,10 +52,10 @@ HEAD: list[Any] = [("struct_size", ctypes.c_size_t), ("extension", POINTER)]
 EXECUTE = 3  # the stage at which the arrays are there
 METADATA, INTERNAL_ERROR = 1, 13
 DTYPES = {
-    10: shapes.DTYPES["float16"],
-    11: shapes.DTYPES["float32"],
-    12: shapes.DTYPES["float64"],
-    16: shapes.DTYPES["bfloat16"],
+    10: dtypes.DTYPES["float16"],
+    11: dtypes.DTYPES["float32"],
+    12: dtypes.DTYPES["float64"],
+    16: dtypes.DTYPES["bfloat16"],
 }
 
 
@@ -181,8 +181,8 @@ def _run(frame: _Frame, backend: str) -> None:
     arrays: dict[str, Any] = dict.fromkeys(op.arrays)
     arrays.update(zip(names, _arrays(frame.arguments, array), strict=True))
     results = _arrays(frame.results, array)
-    if "rois" in arrays and (backend != "cuda" or params["validate"]):  # on a GPU reading them would wait
-        shapes.check_rois(op.name, arrays["rois"], arrays["input"].shape[0])
+    check_values(op, backend, arrays, {"N": arrays["input"].shape[0]}, params)
+    params = parameters_for(op, "forward" if wrt is None else "backward", backend, params)
     if wrt is None:
         backend_function(op, "forward", backend)(**arrays, **params, out=results[0])
         return
@@ -301,7 +301,7 @@ def _differentiable(op: Op, names: tuple[str, ...], params_text: str) -> Callabl
             return (None,) * len(names)
         arrays = dict(zip(names, values, strict=True))
         results = [jax.ShapeDtypeStruct(arrays[name].shape, arrays[name].dtype) for name in wrt]
-        backward_params = {name: value for name, value in params.items() if name not in PLAIN_ONLY}
+        backward_params = {name: value for name, value in params.items() if name not in op.plain_only}
         grads = dict(
             zip(wrt, _call(op, {"grad_output": grad_output, **arrays}, backward_params, results, wrt), strict=True)
         )
@@ -313,7 +313,7 @@ def _differentiable(op: Op, names: tuple[str, ...], params_text: str) -> Callabl
 
 def _function_of(op: Op) -> Callable[..., Any]:
     plain = inspect.signature(getattr(dcn_kernels, op.name))
-    signature = plain.replace(parameters=[p for name, p in plain.parameters.items() if name not in PLAIN_ONLY])
+    signature = plain.replace(parameters=[p for name, p in plain.parameters.items() if name not in op.plain_only])
 
     def function(*args: Any, **kwargs: Any) -> Any:
         try:

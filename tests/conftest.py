@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 import dcn_kernels
+from dcn_kernels.check.calls import BACKENDS, relative_error, to_backend, to_numpy, tolerance
+from dcn_kernels.dispatch.row import Op, Sample
+from dcn_kernels.dtypes import DTYPES
 from dcn_kernels.environment import why_not
-from dcn_kernels.gradcheck import BACKENDS, relative_error, to_backend, to_numpy, tolerance
-from dcn_kernels.op import Op, Sample
-from dcn_kernels.shapes import DTYPES
 
 ROOT = Path(__file__).parent.parent  # the checkout: README.md, Makefile, cli/
 
@@ -39,6 +39,21 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
     return report
 
 
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
+    """The last lines of a run without torch or JAX: what was left out, and the command that runs it."""
+    yield
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    skips = [str(report.longrepr) for report in reporter.stats.get("skipped", [])] if reporter else []
+    lacks = re.compile(r"(test_\w+\.py).*Skipped: (torch|jax|sklearn) is not installed")
+    left_out = [found.groups() for found in map(lacks.search, skips) if found]
+    if left_out:
+        files, packages = (", ".join(sorted(set(names))) for names in zip(*left_out, strict=True))
+        reporter.write_line(f"Left out, because {packages} cannot be imported: {len(left_out)} tests or whole files")
+        reporter.write_line(f"of {files}.")
+        reporter.write_line("They are run by: make test-frameworks", bold=True)
+
+
 @dataclass(frozen=True)
 class Backend:
     """A column of the table of operators."""
@@ -57,7 +72,7 @@ class Backend:
 
 
 def assert_close(got: np.ndarray, want: np.ndarray, dtype: str, length: float = 1, what: str = "") -> None:
-    """Within `gradcheck.tolerance` of sums of `length` terms."""
+    """Within `calls.tolerance` of sums of `length` terms."""
     error, index = relative_error(got, want)
     bound = tolerance(dtype, length)
     assert error <= bound, f"{what}: {got[index]} for {want[index]} at {index}: error {error:.3g}, bound {bound:.3g}"

@@ -20,9 +20,11 @@ from click.testing import CliRunner, Result
 from dcn_kernels.cli.bench import main
 
 import dcn_kernels.cpu.deform_conv as cpu_deform_conv
-from dcn_kernels import ceiling, layers, peers, plots, profiling, record
+from dcn_kernels import environment
+from dcn_kernels.bench import ceiling, layers, peers, plots, profiling, record, spot_checks
+from dcn_kernels.bench.inputs import DIRECTIONS, make_inputs, runner
 from dcn_kernels.environment import why_not
-from dcn_kernels.registry import OPS
+from dcn_kernels.ops.registry import OPS
 
 ROOT = Path(__file__).parent.parent
 SMALL = "C=8,H=9,W=10,O=8"
@@ -127,13 +129,19 @@ def test_what_was_measured_before_a_failure_is_kept(tmp_path: Path, monkeypatch:
     assert [row["direction"] for row in record.read(tmp_path / "part.json")["rows"]] == ["forward"]
 
 
-def test_without_output_the_record_goes_to_bench_results(tmp_path: Path) -> None:
-    result = run(*QUICK, "--direction", "forward")
+def test_without_output_the_record_goes_to_a_folder_that_git_ignores_unless_it_is_published(tmp_path: Path) -> None:
+    forward = (*QUICK, "--direction", "forward")
+    result = run(*forward)
     assert result.exit_code == 0
-    (path,) = (tmp_path / "bench_results").glob("*.json")
-    assert len(record.read(path)["rows"]) == 1 and str(path.name) in result.stderr
-    run(*QUICK, "--direction", "forward", "--no-save")
+    (path,) = (tmp_path / "bench_results").rglob("*.*")
+    assert path.parent.name == "local" and path.name in result.stderr and len(record.read(path)["rows"]) == 1
+    assert "bench_results/local/" in (ROOT / ".gitignore").read_text().splitlines()
+    run(*forward, "--no-save")
+    assert list((tmp_path / "bench_results").rglob("*.*")) == [path]
+    assert run(*forward, "--publish").exit_code == 0
     assert len(list((tmp_path / "bench_results").glob("*.json"))) == 1
+    for other in (("--no-save",), ("--output", "run.json")):
+        assert "expected one of them" in one_line(run(*forward, "--publish", *other), 2)
 
 
 @pytest.mark.parametrize("kind", ["json", "csv", "markdown"])
@@ -146,7 +154,7 @@ def test_results_alone_are_on_stdout(kind: str) -> None:
         rows = list(csv.DictReader(result.stdout.splitlines()))
         assert [row["direction"] for row in rows] == ["forward", "backward"] and float(rows[0]["median_ms"]) > 0
     else:
-        assert result.stdout.count("| shape | deform_conv2d |") == 2
+        assert result.stdout.count("| 1x8x9x10:8:3x3 | deform_conv2d |") == 2
 
 
 def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,9 +171,9 @@ def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_fault_of_large_sizes_alone_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = profiling.make_inputs(layers.parse("deform_conv2d", "C=8,H=40,W=40,O=8"), "random", "float32", 0)
-    for direction in profiling.DIRECTIONS:
-        assert profiling.check_spots(inputs, "cpu", direction, 0) <= 1
+    inputs = make_inputs(layers.parse("deform_conv2d", "C=8,H=40,W=40,O=8"), "random", "float32", 0)
+    for direction in DIRECTIONS:
+        assert spot_checks.check_spots(inputs, "cpu", direction, 0) <= 1
     right = cpu_deform_conv.deform_conv2d
 
     def forgets_the_last_rows(*args: Any, **kwargs: Any) -> Any:
@@ -174,9 +182,9 @@ def test_a_fault_of_large_sizes_alone_is_found(monkeypatch: pytest.MonkeyPatch) 
         return out
 
     monkeypatch.setattr(cpu_deform_conv, "deform_conv2d", forgets_the_last_rows)
-    assert profiling.check_small(layers.parse("deform_conv2d", SMALL), "random", "float32", "cpu", 0) <= 1
-    with pytest.raises(profiling.Mismatch, match="output differs"):
-        profiling.check_spots(inputs, "cpu", "forward", 0)
+    assert spot_checks.check_small(layers.parse("deform_conv2d", SMALL), "random", "float32", "cpu", 0) <= 1
+    with pytest.raises(spot_checks.Mismatch, match="output differs"):
+        spot_checks.check_spots(inputs, "cpu", "forward", 0)
 
 
 def test_every_operator_of_the_layers_can_be_profiled() -> None:
@@ -184,14 +192,14 @@ def test_every_operator_of_the_layers_can_be_profiled() -> None:
     assert {layer["op"] for layer in layers.LAYERS.values()} == set(OPS)
     for name in layers.DEFAULT_SET:
         layer = layers.LAYERS[name]
-        inputs = profiling.make_inputs(layer, "random", "float32", 0)
+        inputs = make_inputs(layer, "random", "float32", 0)
         assert inputs.shape[0] == inputs.sizes[OPS[layer["op"]].output.split()[0]], name
 
 
 def test_reuse_writes_into_one_array_and_gives_the_backward_what_the_forward_kept(tmp_path: Path) -> None:
-    inputs = profiling.make_inputs(layers.cut(layers.LAYERS["frcnn-roi"]), "random", "float32", 0)
-    want = {direction: profiling.runner(inputs, direction, "cpu")() for direction in profiling.DIRECTIONS}
-    forward, backward = (profiling.runner(inputs, each, "cpu", reuse=True) for each in profiling.DIRECTIONS)
+    inputs = make_inputs(layers.cut(layers.LAYERS["frcnn-roi"]), "random", "float32", 0)
+    want = {direction: runner(inputs, direction, "cpu")() for direction in DIRECTIONS}
+    forward, backward = (runner(inputs, each, "cpu", reuse=True) for each in DIRECTIONS)
     assert forward() is forward()
     assert np.array_equal(forward(), want["forward"])
     inputs.sample.arrays["input"][:] = 0  # the maxima's places are known
@@ -275,19 +283,91 @@ def test_named_layers_of_a_toml_file_are_run_alone(tmp_path: Path) -> None:
     path = tmp_path / "layers.toml"
     path.write_text("".join(f"[layers.{name}]\nC = 4\nH = 8\nW = 9\nO = 4\nspread = 2.5\n" for name in "ab"))
     result = run("profile", "--shapes", str(path), "--layer", "b", "--list")
-    assert " b " in result.stdout and " a " not in result.stdout and "2.5" in result.stdout
+    assert [line[:3] for line in result.stdout.splitlines()[2:]] == ["b  "] and "2.5" in result.stdout
     assert "no layer 'A'" in one_line(run("profile", "--shapes", str(path), "--layer", "A"), 2)
 
 
 def test_a_dilation_wider_than_the_cut_is_checked_on_more_pixels() -> None:
     layer = layers.parse("deform_conv2d", "C=8,H=64,W=20,O=8,dilation=12x1,padding=0")
-    assert profiling.check_small(layer, "random", "float32", "cpu", 0) <= 1
+    assert spot_checks.check_small(layer, "random", "float32", "cpu", 0) <= 1
     assert (layers.cut(layer)["H"], layers.cut(layer)["W"]) == (29, 12)
 
 
-def test_a_layer_larger_than_memory_is_one_line_and_1() -> None:
+def test_a_layer_larger_than_memory_is_one_line_and_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "memory", lambda: None)  # where it cannot be told
     huge = "C=8,H=1000000,W=1000000,O=8"
     assert "does not fit into memory" in one_line(run("profile", "--shape", huge, "--no-save"), 1)
+
+
+@pytest.mark.parametrize("name", layers.LAYERS)
+def test_the_memory_of_a_layer_is_that_of_its_arrays(name: str) -> None:
+    small = layers.cut(layers.LAYERS[name], channels=False)
+    inputs = make_inputs(small, "random", "float32", 0)
+    kept = sum(a.size for a in inputs.sample.arrays.values()) + inputs.grad_output.size
+    assert layers.memory(small, 4) == pytest.approx(16 * kept, rel=0.01)  # bias is not counted
+
+
+@pytest.mark.parametrize("sizes", ["N=1000000000,C=64,H=56,W=56,O=64", "1x64x56x56:64:1x65536,padding=40000",
+                                   "2147483647x2147483647x2147483647x2147483647:2147483647"])  # fmt: skip
+def test_sizes_that_memory_does_not_hold_are_refused_before_anything_is_allocated(
+    sizes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "memory", lambda: 16 * 10**9)
+    monkeypatch.setattr(profiling, "make_inputs", lambda *_: pytest.fail("allocated"))
+    said = one_line(run("profile", "--shape", sizes, "--no-save"), 2)
+    assert re.search(r"timing it takes at least [\d.,e+]+ GB of memory, there are 16.0 GB", said)
+    (tmp_path / "layers.toml").write_text(f'[layers.mine]\nsizes = "{sizes}"\n')
+    assert "layer mine: timing it takes" in one_line(run("profile", "--shapes", "layers.toml", "--no-save"), 2)
+
+
+def test_sizes_that_just_fit_are_tried_on_few_channels() -> None:
+    """Whether sizes agree is found out without the layer's arrays."""
+    layer = layers.parse("deform_conv2d", "1x1920000x64x64:3000000:1x1,groups=96,offset_groups=64,padding=0")
+    small = layers.cut(layer, channels=False)
+    assert small["C"] == 960 and small["O"] == 960
+    assert layers.cut(layers.LAYERS["rfcn-psroi"], channels=False)["C"] % 49 == 0
+
+
+def test_shapes_are_named_by_their_sizes_and_may_be_short(tmp_path: Path) -> None:
+    both = ("--shape", "2x8x9x10:8:3x3,padding=2", "--shape", "C=8,H=9,W=10,O=8,kernel=1,offset_groups=2")
+    rows = json.loads(run(*QUICK[:1], *both, *QUICK[3:], "--no-save", "--json", "--direction", "forward").stdout)[
+        "rows"
+    ]
+    assert [row["layer"] for row in rows] == ["2x8x9x10:8:3x3,padding=2x2", "1x8x9x10:8:1x1,offset_groups=2"]
+    assert rows[0]["shape"] == "N=2,C=8,H=9,W=10,O=8,kernel=3x3,padding=2x2"
+    for layer in layers.LAYERS.values():
+        again = layers.parse(layer["op"], layers.named(layer))
+        assert {k: again[k] for k in layers.DEFAULTS} == {k: layer[k] for k in layers.DEFAULTS}
+        assert [again[k] for k in "CHW"] == [layer[k] for k in "CHW"] and again.get("O") == layer.get("O")
+    (tmp_path / "layers.toml").write_text('[layers.mine]\nsizes = "2x8x9x10:8:3x3"\npadding = 2\n')
+    assert layers.named(layers.read_toml("layers.toml")["mine"]) == "2x8x9x10:8:3x3,padding=2x2"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--shape", SMALL + ",C=9"), "C is given twice"),
+        (("--shape", "1x8x9x10:8,C=9"), "C is given twice"),
+        (("--shape", SMALL, "--shape", "1x8x9x10:8"), "the same sizes are given twice"),
+        (("--shape", "1x8x9x10:8", "--op", "roi_pool"), "roi_pool has no size 'O'"),
+        (("--shape", "C=8,H=9,W=10,O=8,R=3"), "deform_conv2d has no size 'R'"),
+        (("--shape", "C=8,H=9,W=10"), "needs the size 'O'"),
+        (("--shape", "1x8x9:8"), "NxCxHxW"),
+        (("--shape", SMALL, "--op", "deform_conv2d", "--op", "roi_pool"), "one operator"),
+        (("--layer", "A", "--op", "deform_conv2d", "--op", "roi_pool"), "no layer of roi_pool"),
+        (("--layer", "A", "--layer", "A"), "--layer: A is named twice"),
+        (("--threads", "1", "--threads", "1"), "--threads: 1 is named twice"),
+        (("--seed", "1", "--seed", "2"), "--seed is given twice"),
+        (("--json", "--csv"), "--json and --csv: expected one of them"),
+        (("--json", "--wide"), "--wide is about the table"),
+        (("--no-save", "--output", "run.json"), "expected one of them"),
+        (("--layer", "frcnn-roi", "--offsets", "zero"), "none of the operators has offsets"),
+        (("--backend", "reference", "--threads", "1"), "--threads: expected the CPU backend"),
+        (("--list", "--budget", "1"), "--list runs nothing: --budget would be ignored"),
+    ],
+)
+def test_what_would_be_ignored_is_an_error(arguments: tuple[str, ...], says: str) -> None:
+    assert says in one_line(run("profile", *arguments), 2)
 
 
 def test_a_broken_cupy_is_a_backend_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -444,7 +524,7 @@ def test_a_peer_of_a_row_on_the_gpu_is_timed_there(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(peers.Peer, "_ask", ask)
     monkeypatch.setattr(peers.Peer, "start", lambda self, threads: None)
-    inputs = profiling.make_inputs(layers.parse("deform_conv2d", SMALL), "zero", "float32", 0)
+    inputs = make_inputs(layers.parse("deform_conv2d", SMALL), "zero", "float32", 0)
     for backend, device in (("cuda", "cuda"), ("cpu", "cpu"), ("reference", "cpu")):
         peers.Peer("torch").load(inputs, "forward", backend, None)
         assert asked["device"] == device
@@ -630,10 +710,10 @@ def test_readme_names_the_gpus_of_the_records(tmp_path: Path) -> None:
 def test_spots_are_256_elements_also_of_narrow_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     monkeypatch.setattr(
-        profiling,
+        spot_checks,
         "_compare",
         lambda inputs, part, index, *rest: seen.extend(a.size for n, a in part.arrays.items() if n in index) or 0.0,
     )
     layer = layers.parse("deform_conv2d", "N=1,C=4,H=40,W=40,O=2,kernel=1x1")
-    profiling.check_spots(profiling.make_inputs(layer, "random", "float32", 0), "cpu", "backward", 0)
+    spot_checks.check_spots(make_inputs(layer, "random", "float32", 0), "cpu", "backward", 0)
     assert min(seen) >= 256

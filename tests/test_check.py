@@ -19,10 +19,11 @@ from click.testing import CliRunner, Result
 from dcn_kernels.cli.check import main
 
 import dcn_kernels.cpu.deform_conv as cpu_deform_conv
-from dcn_kernels import gradcheck, planted_faults
+from dcn_kernels.check import calls, planted_faults
+from dcn_kernels.check import gradients as gradcheck
+from dcn_kernels.dtypes import DTYPES
 from dcn_kernels.environment import why_not
-from dcn_kernels.registry import OPS
-from dcn_kernels.shapes import DTYPES
+from dcn_kernels.ops.registry import OPS
 
 
 def run(*arguments: str) -> Result:
@@ -149,7 +150,7 @@ def test_the_other_one_sided_value_fails_on_the_kinks(monkeypatch: pytest.Monkey
 def test_full_mode_finds_an_element_in_the_last_corner(monkeypatch: pytest.MonkeyPatch) -> None:
     op = OPS["offset_sample2d"]
     case = next(gradcheck.all_cases(op, "float64", 0))
-    gradient = gradcheck.backward(op, case.sample, "reference", case.grad_output)["offset"]
+    gradient = calls.backward(op, case.sample, "reference", case.grad_output)["offset"]
     gradient[-1, -1, -1, -1] += 1e-6
     found = case.check_differences("reference", "offset", gradient, seed=0, elements=None, directions=0)
     assert found.ratio > 1 and found.index == tuple(n - 1 for n in gradient.shape)
@@ -205,7 +206,7 @@ def test_a_backend_that_disagrees_fails(monkeypatch: pytest.MonkeyPatch) -> None
     ],
 )
 def test_relative_error(got: list[float], want: list[float], error: float) -> None:
-    assert gradcheck.relative_error(np.array(got), np.array(want))[0] == pytest.approx(error)
+    assert calls.relative_error(np.array(got), np.array(want))[0] == pytest.approx(error)
 
 
 # ---------------------------------------------------------------- how it ends

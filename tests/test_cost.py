@@ -11,8 +11,8 @@ import pytest
 from click.testing import CliRunner
 from dcn_kernels.cli.bench import main
 
-from dcn_kernels import ceiling, layers, network_cost
-from dcn_kernels.network_cost import Layer, Measured, Network, measure, networks, resnet101
+from dcn_kernels.bench import ceiling, layers, network_cost
+from dcn_kernels.bench.network_cost import Layer, Measured, Network, measure, networks, resnet101
 
 # ---------------------------------------------------------------- parameters and arithmetic
 

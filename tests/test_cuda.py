@@ -11,14 +11,15 @@ import pytest
 from cuda_host import primitives, small_calls
 
 from dcn_kernels import OPS, deform_conv2d, deform_conv2d_backward, offset_sample2d_backward
-from dcn_kernels import arrays as _arrays
+from dcn_kernels.check.calls import relative_error, tolerance
 from dcn_kernels.cuda import compile
 from dcn_kernels.cuda.device import current
-from dcn_kernels.deform_conv import DEFORM_CONV2D
+from dcn_kernels.dispatch import arrays as _arrays
+from dcn_kernels.dispatch.call import call
+from dcn_kernels.dispatch.row import Op
 from dcn_kernels.environment import why_not
-from dcn_kernels.gradcheck import relative_error, tolerance
-from dcn_kernels.offset_sample import OFFSET_SAMPLE2D
-from dcn_kernels.op import Op, call
+from dcn_kernels.ops.deform_conv import DEFORM_CONV2D
+from dcn_kernels.ops.offset_sample import OFFSET_SAMPLE2D
 
 if why_not("cuda"):
     pytest.skip(f"cuda: {why_not('cuda')}", allow_module_level=True)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dcn_kernels import profiling, record
+from dcn_kernels.bench import clocks, record
 
 CACHE = 50 << 20
 
@@ -91,12 +91,12 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     """In the place of CuPy and of the clock on the wall."""
     found = Machine()
     monkeypatch.setitem(sys.modules, "cupy", found.cupy)
-    monkeypatch.setattr(profiling, "perf_counter", lambda: found.cpu / 1e3)
+    monkeypatch.setattr(clocks, "perf_counter", lambda: found.cpu / 1e3)
     return found
 
 
 def test_times_are_the_gpus_alone_and_cold_ones_are_cold(machine: Machine) -> None:
-    ticks = profiling.CudaClock()
+    ticks = clocks.CudaClock()
     ticks.milliseconds(machine.call)  # how long the CPU takes is not known before
     for _ in range(3):
         assert ticks.milliseconds(machine.call) == pytest.approx(10 * 0.03)
@@ -109,7 +109,7 @@ def test_first_call_is_timed_by_the_wall(machine: Machine) -> None:
         machine.cpu += 700
         machine.call()
 
-    assert profiling.CudaClock().first_milliseconds(compiles_and_runs) == pytest.approx(702, abs=1)
+    assert clocks.CudaClock().first_milliseconds(compiles_and_runs) == pytest.approx(702, abs=1)
 
 
 def test_temporary_memory_is_the_pools_peak_without_the_results(machine: Machine) -> None:
@@ -125,7 +125,7 @@ def test_temporary_memory_is_the_pools_peak_without_the_results(machine: Machine
                 machine.allocator(nbytes)
             return results[name]
 
-        assert profiling.CudaClock().temporary_bytes(run) == 4096 + 512
+        assert clocks.CudaClock().temporary_bytes(run) == 4096 + 512
     assert machine.allocator is None
 
 

@@ -30,13 +30,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dcn_kernels
-from dcn_kernels import arrays as _arrays
+from dcn_kernels.check.calls import output_shape, reduction_length, relative_error, tolerance
 from dcn_kernels.cuda import compile, deform_conv
-from dcn_kernels.deform_conv import BORDERS, DEFORM_CONV2D
-from dcn_kernels.gradcheck import output_shape, reduction_length, relative_error, tolerance
-from dcn_kernels.offset_sample import OFFSET_SAMPLE2D
-from dcn_kernels.op import Op, Sample
-from dcn_kernels.shapes import DTYPES, HALVES
+from dcn_kernels.dispatch import arrays as _arrays
+from dcn_kernels.dispatch.row import Op, Sample
+from dcn_kernels.dtypes import DTYPES, HALVES
+from dcn_kernels.ops.deform_conv import BORDERS, DEFORM_CONV2D
+from dcn_kernels.ops.offset_sample import OFFSET_SAMPLE2D
 
 NAME = "cuda_host"
 SANITIZER = os.environ.get("HOST_SANITIZER", "")
@@ -92,7 +92,7 @@ def _slow(test: Any) -> Any:
     return of_this_module
 
 
-def tests_of_backends(*stems: str) -> dict[str, Any]:
+def backend_tests_of(*stems: str) -> dict[str, Any]:
     """The tests of modules that take a backend; collected elsewhere, they get the backend of there."""
     found = {}
     for stem in stems:
@@ -103,7 +103,7 @@ def tests_of_backends(*stems: str) -> dict[str, Any]:
     return found
 
 
-globals().update(tests_of_backends("ops", "deform_conv", "offset_sample", "sampling"))
+globals().update(backend_tests_of("ops", "deform_conv", "offset_sample", "sampling"))
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

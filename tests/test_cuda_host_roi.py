@@ -18,15 +18,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dcn_kernels import OPS
+from dcn_kernels.check.calls import output_shape, reduction_length, relative_error, tolerance
 from dcn_kernels.cuda import deform_roi_pool, roi_pool
-from dcn_kernels.gradcheck import output_shape, reduction_length, relative_error, tolerance
-from dcn_kernels.op import Op, Sample
-from dcn_kernels.shapes import DTYPES, accumulator
+from dcn_kernels.dispatch.call import function, parameters_for
+from dcn_kernels.dispatch.row import Op, Sample
+from dcn_kernels.dtypes import DTYPES, accumulator
 
 library, device, backend = host.library, host.device, host.backend  # the fixtures
 pytestmark = pytest.mark.cuda_host
 
-globals().update(host.tests_of_backends("roi_pool", "deform_roi_pool"))
+globals().update(host.backend_tests_of("roi_pool", "deform_roi_pool"))
 
 
 @pytest.mark.parametrize(
@@ -46,9 +47,14 @@ ROWS = [pytest.param(op, id=op.name) for op in ROI_OPS]
 
 
 def launcher(op: Op, backward: bool = False) -> Any:
-    """The function that dispatches to the kernels."""
-    module = roi_pool if op.module == "roi_pool" else deform_roi_pool
-    return getattr(module, f"{op.name}_backward" if backward else op.name)
+    """The function that dispatches to the kernels, given the parameters that the dispatcher would give it."""
+    direction = "backward" if backward else "forward"
+    kernels = function(op, direction, "cuda")
+
+    def launch(*arrays: Any, **named: Any) -> Any:
+        return kernels(*arrays, **parameters_for(op, direction, "cuda", named))
+
+    return launch
 
 
 def run_both(

@@ -18,7 +18,7 @@ from cuda_host import primitives
 from dcn_kernels.cuda import compile
 from dcn_kernels.cuda.device import Device
 from dcn_kernels.cuda.taps import CONV
-from dcn_kernels.shapes import DTYPES
+from dcn_kernels.dtypes import DTYPES
 
 FOLDER = compile.FOLDER
 

@@ -13,8 +13,8 @@ from conftest import Backend, assert_close
 from scipy.signal import correlate2d
 
 from dcn_kernels import convert_offsets, deform_conv2d, deform_conv2d_backward
-from dcn_kernels.deform_conv import DEFORM_CONV2D
-from dcn_kernels.gradcheck import tolerance
+from dcn_kernels.check.calls import tolerance
+from dcn_kernels.ops.deform_conv import DEFORM_CONV2D
 
 ORACLE = Path(__file__).parent / "oracle"
 ORACLE_CASES = [

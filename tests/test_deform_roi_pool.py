@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from conftest import Backend
 
-from dcn_kernels.deform_roi_pool import DEFORM_PS_ROI_POOL, DEFORM_ROI_POOL
-from dcn_kernels.op import Op
-from dcn_kernels.roi_pool import PS_ROI_ALIGN, ROI_ALIGN, ROI_POOL
+from dcn_kernels.dispatch.row import Op
+from dcn_kernels.ops.deform_roi_pool import DEFORM_PS_ROI_POOL, DEFORM_ROI_POOL
+from dcn_kernels.ops.roi_pool import PS_ROI_ALIGN, ROI_ALIGN, ROI_POOL
 
 CONVENTIONS = ("paper", "rfcn", "mmcv")
 IMAGE = np.arange(1.0, 17.0).reshape(1, 1, 4, 4)  # 1 2 3 4 / 5 6 7 8 / 9 10 11 12 / 13 14 15 16

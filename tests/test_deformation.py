@@ -22,8 +22,8 @@ from dcn_kernels import (
     sampling_points,
     stacked_sampling_points,
 )
+from dcn_kernels.check.calls import to_backend, to_numpy
 from dcn_kernels.environment import why_not
-from dcn_kernels.gradcheck import to_backend, to_numpy
 
 DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
 
@@ -228,7 +228,7 @@ def test_the_sizes_of_objects_are_those_of_table_2() -> None:
 
 def test_spread_of_layers_gives_the_paper_s_effective_dilation() -> None:
     """The benchmark's offsets are normal with a spread computed from Table 2; measured by the definition."""
-    from dcn_kernels.layers import TABLE_2, spread
+    from dcn_kernels.bench.layers import TABLE_2, spread
 
     rng = np.random.default_rng(3)
     for mean in TABLE_2.values():

@@ -9,10 +9,10 @@ import pytest
 from conftest import Backend
 
 import dcn_kernels
-from dcn_kernels.deform_conv import DEFORM_CONV2D
-from dcn_kernels.gradcheck import output_shape, to_backend
-from dcn_kernels.offset_sample import OFFSET_SAMPLE2D
-from dcn_kernels.op import Op, Sample
+from dcn_kernels.check.calls import output_shape, to_backend
+from dcn_kernels.dispatch.row import Op, Sample
+from dcn_kernels.ops.deform_conv import DEFORM_CONV2D
+from dcn_kernels.ops.offset_sample import OFFSET_SAMPLE2D
 
 
 def zeros(*shape: int) -> np.ndarray:
@@ -191,7 +191,7 @@ def nothing_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     def reached(*_: Any) -> None:
         raise AssertionError("a kernel was reached")
 
-    monkeypatch.setattr("dcn_kernels.op.function", reached)
+    monkeypatch.setattr("dcn_kernels.dispatch.call.function", reached)
 
 
 @pytest.mark.parametrize(("op", "sample"), [(DEFORM_CONV2D, CONVOLUTION), (OFFSET_SAMPLE2D, RESAMPLING)])

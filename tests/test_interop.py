@@ -15,9 +15,9 @@ from conftest import cast, first_cases
 from scipy import ndimage
 
 import dcn_kernels
-from dcn_kernels.arrays import taken_in
-from dcn_kernels.op import Op, Sample
-from dcn_kernels.shapes import DTYPES
+from dcn_kernels.dispatch.arrays import taken_in
+from dcn_kernels.dispatch.row import Op, Sample
+from dcn_kernels.dtypes import DTYPES
 
 FIRST = first_cases()
 FRAMEWORKS = ("torch", "jax")

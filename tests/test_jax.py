@@ -14,8 +14,8 @@ import pytest
 from conftest import cases, cast, first_cases
 
 import dcn_kernels
-from dcn_kernels.op import Op, Sample
-from dcn_kernels.shapes import DTYPES
+from dcn_kernels.dispatch.row import Op, Sample
+from dcn_kernels.dtypes import DTYPES
 
 jax = pytest.importorskip("jax", reason="jax is not installed")
 

@@ -13,7 +13,7 @@ import pytest
 from dcn_kernels import deform_conv2d, deform_conv2d_backward
 from dcn_kernels.cpu.threads import set_num_threads
 from dcn_kernels.cpu.workspace import track
-from dcn_kernels.shapes import DTYPES
+from dcn_kernels.dtypes import DTYPES
 
 MB = 1_000_000
 BOUNDS = {"forward": 18 * MB, "backward": 24 * MB}  # at the paper's conv5: 512 channels, 38x63, a 3x3 kernel

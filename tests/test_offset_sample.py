@@ -7,8 +7,8 @@ import pytest
 from conftest import Backend, assert_close
 from scipy.ndimage import map_coordinates
 
-from dcn_kernels.deform_conv import BORDERS, DEFORM_CONV2D
-from dcn_kernels.offset_sample import OFFSET_SAMPLE2D
+from dcn_kernels.ops.deform_conv import BORDERS, DEFORM_CONV2D
+from dcn_kernels.ops.offset_sample import OFFSET_SAMPLE2D
 
 
 def test_2x2_case_by_hand(backend: Backend) -> None:

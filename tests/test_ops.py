@@ -14,11 +14,8 @@ import pytest
 from conftest import Backend, assert_close, cases, cast, first_cases
 
 import dcn_kernels
-from dcn_kernels.environment import why_not
-from dcn_kernels.gradcheck import (
+from dcn_kernels.check.calls import (
     BACKENDS,
-    Case,
-    findings,
     output_shape,
     reduction_length,
     relative_error,
@@ -26,8 +23,11 @@ from dcn_kernels.gradcheck import (
     to_numpy,
     tolerance,
 )
-from dcn_kernels.op import Op, Sample, function
-from dcn_kernels.shapes import DTYPES, HALVES
+from dcn_kernels.check.gradients import Case, findings
+from dcn_kernels.dispatch.call import function
+from dcn_kernels.dispatch.row import Op, Sample
+from dcn_kernels.dtypes import DTYPES, HALVES
+from dcn_kernels.environment import why_not
 
 FIRST = first_cases()
 # dtype, and whether the coordinates stay float32 beside it

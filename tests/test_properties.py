@@ -10,12 +10,12 @@ from conftest import RUNNING, Backend, assert_close
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dcn_kernels.deform_conv import BORDERS, DEFORM_CONV2D
-from dcn_kernels.gradcheck import output_shape, reduction_length
-from dcn_kernels.offset_sample import OFFSET_SAMPLE2D
-from dcn_kernels.op import Op, Sample
-from dcn_kernels.samples import off_kinks
-from dcn_kernels.shapes import DTYPES
+from dcn_kernels.check.calls import output_shape, reduction_length
+from dcn_kernels.dispatch.row import Op, Sample
+from dcn_kernels.dtypes import DTYPES
+from dcn_kernels.ops.deform_conv import BORDERS, DEFORM_CONV2D
+from dcn_kernels.ops.offset_sample import OFFSET_SAMPLE2D
+from dcn_kernels.ops.samples.draw import off_kinks
 
 REFERENCE = Backend("reference")
 CHECKED = [Backend(name) for name in RUNNING if name != "reference"]

@@ -12,9 +12,9 @@ import pytest
 from conftest import Backend
 
 from dcn_kernels import OPS, roi_align, roi_pool, roi_pool_backward
-from dcn_kernels.gradcheck import to_backend, to_numpy
-from dcn_kernels.op import Op
-from dcn_kernels.roi_pool import PS_ROI_ALIGN, PS_ROI_POOL, ROI_ALIGN, ROI_POOL
+from dcn_kernels.check.calls import to_backend, to_numpy
+from dcn_kernels.dispatch.row import Op
+from dcn_kernels.ops.roi_pool import PS_ROI_ALIGN, PS_ROI_POOL, ROI_ALIGN, ROI_POOL
 
 ORACLE = Path(__file__).parent / "oracle"
 ORACLE_CASES = [case for case in json.loads((ORACLE / "manifest.json").read_text())["cases"] if "roi" in case["op"]]

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from conftest import Backend
 
-from dcn_kernels.deform_conv import BORDERS, DEFORM_CONV2D
-from dcn_kernels.shapes import DTYPES
+from dcn_kernels.dtypes import DTYPES
+from dcn_kernels.ops.deform_conv import BORDERS, DEFORM_CONV2D
 
 IMAGE = [[1.0, 2.0], [4.0, 8.0]]
 

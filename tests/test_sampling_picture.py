@@ -12,7 +12,7 @@ from conftest import ROOT
 from dcn_kernels.cli.bench import main
 
 from dcn_kernels import offset_statistics, stacked_sampling_points
-from dcn_kernels.sampling_picture import compose, in_image, in_lowest, missing
+from dcn_kernels.deformation.picture import compose, in_image, in_lowest, missing
 
 # ---------------------------------------------------------------- numbers
 

@@ -16,7 +16,7 @@ import pytest
 from dcn_kernels import OPS, deform_conv2d
 from dcn_kernels.cpu import deform_conv, jit, threads
 from dcn_kernels.cpu.threads import barrier, claim, join, leave
-from dcn_kernels.op import call
+from dcn_kernels.dispatch.call import call
 
 
 @pytest.fixture(autouse=True)

@@ -16,12 +16,12 @@ import pytest
 from conftest import cases, first_cases
 
 import dcn_kernels
-from dcn_kernels.op import Op, Sample
+from dcn_kernels.dispatch.row import Op, Sample
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 import dcn_kernels.torch as layers  # noqa: E402
-from dcn_kernels import torch_ops  # noqa: E402
+from dcn_kernels.torch import ops as torch_ops  # noqa: E402
 
 FIRST = first_cases()
 

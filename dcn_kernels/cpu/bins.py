@@ -50,7 +50,8 @@ def poke(typingctx, address, value):  # type: ignore[no-untyped-def]
     return types.void(types.intp, value), codegen
 
 
-MAX, AVG, POOLED_RFCN, POOLED_TORCHVISION, PAPER, ALIGN, ALIGN_LEGACY, RFCN = range(8)
+# In the order of dispatch.roi_rules.RULES.
+MAX, AVG, PS_RFCN, PS_TORCHVISION, PAPER, ALIGNED, LEGACY, RFCN = range(8)
 
 _FAR = 2.0**100  # as in the reference
 _WHOLE = 2.0**40  # up to here bins of whole pixels are exact in int64; beyond, none of their means is visible
@@ -81,16 +82,16 @@ def start_and_size(rule, low, high, scale):  # type: ignore[no-untyped-def]
     if rule in (MAX, AVG, PAPER):
         start = half_away(scaled(low, scale))
         return start, max(half_away(scaled(high, scale)) - start + one, one)
-    if rule == POOLED_TORCHVISION:
+    if rule == PS_TORCHVISION:
         start = half_away(scaled(low, scale))
         return start, max(half_away(scaled(high, scale)) - start, one)
-    if rule == POOLED_RFCN:
+    if rule == PS_RFCN:
         start, end = scaled(half_away(low), scale), scaled(half_away(high) + one, scale)
         return start, max(end - start, real(0.1))
     if rule == RFCN:
         start, end = scaled(half_away(low), scale) - half, scaled(half_away(high) + one, scale) - half
         return start, max(end - start, real(0.1))
-    if rule == ALIGN:
+    if rule == ALIGNED:
         start, end = scaled(low, scale) - half, scaled(high, scale) - half
         return start, end - start
     start = scaled(low, scale)
@@ -119,13 +120,13 @@ def pooled_bin(rule, start, size, bins, i, length):  # type: ignore[no-untyped-d
         number = last - first
     else:
         step, j = size / real(bins), real(i)
-        if rule == POOLED_RFCN:
+        if rule == PS_RFCN:
             first = np.float64(np.floor(j * step + start))
             last = np.float64(np.ceil((j + real(1)) * step + start))
         else:
             first = np.float64(np.floor(j * step) + start)
             last = np.float64(np.ceil((j + real(1)) * step) + start)
-        if rule == POOLED_TORCHVISION:
+        if rule == PS_TORCHVISION:
             limit -= 1
         number = -1.0
     top = np.int64(min(max(first, 0.0), limit))

@@ -13,7 +13,7 @@ from numba import types
 from numba.core import cgutils
 
 from dcn_kernels.cpu.jit import assembly, inner, intrinsic, spliced, stay_apart
-from dcn_kernels.shapes import BFLOAT16
+from dcn_kernels.dtypes import BFLOAT16
 
 FETCHED = 1 << 16  # bytes at most: an axis of length 1 may have any stride, and more would not stay in a cache
 F16, BF16, F32, F64 = 0, 1, 2, 3

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,7 +26,7 @@ from dcn_kernels.cpu.jit import inner, kernel, stay_apart
 from dcn_kernels.cpu.sampling import VALUE, corner_table, limits
 from dcn_kernels.cpu.slabs import Slabs, array_from, cut, described, numbers, round_up, stage, staged_pixels, turn
 from dcn_kernels.cpu.threads import barrier, claim, get_num_threads, join, leave, run, threads_for
-from dcn_kernels.shapes import accumulator
+from dcn_kernels.dtypes import accumulator
 
 FILTERS = 8  # packed together
 
@@ -174,7 +174,6 @@ def deform_conv2d(
     dilation: tuple[int, int],
     border: str,
     out: np.ndarray | None = None,
-    **_: Any,  # what concerns GPUs alone
 ) -> np.ndarray:
     """Eq. 2. Returns (N, O, OH, OW)."""
     if out is None:
@@ -285,7 +284,6 @@ def deform_conv2d_backward(
     dilation: tuple[int, int],
     border: str,
     wrt: tuple[str, ...],
-    **_: Any,
 ) -> dict[str, np.ndarray]:
     """Eq. 7 and the transposes of Eq. 2 in its other arguments. Returns argument name -> gradient."""
     given = {"input": input, "offset": offset, "weight": weight, "bias": bias, "mask": mask}

@@ -6,10 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from dcn_kernels.cpu.bins import ALIGN, PAPER, RFCN
 from dcn_kernels.cpu.roi_mean import mean, mean_backward
-
-RULES = {"paper": PAPER, "mmcv": ALIGN, "rfcn": RFCN}
+from dcn_kernels.dispatch import roi_rules
 
 
 def deform_roi_pool(
@@ -24,7 +22,6 @@ def deform_roi_pool(
     sampling_ratio: int,
     convention: str,
     out: np.ndarray | None = None,
-    **_: Any,
 ) -> np.ndarray:
     """Returns (R, C, PH, PW)."""
     options = _options(output_size, spatial_scale, gamma, sampling_ratio, convention)
@@ -44,7 +41,6 @@ def deform_roi_pool_backward(
     sampling_ratio: int,
     convention: str,
     wrt: tuple[str, ...],
-    **_: Any,
 ) -> dict[str, np.ndarray]:
     """Returns argument name -> gradient."""
     options = _options(output_size, spatial_scale, gamma, sampling_ratio, convention)
@@ -55,12 +51,10 @@ def _options(
     output_size: tuple[int, int], spatial_scale: float, gamma: float, sampling_ratio: int, convention: str
 ) -> dict[str, Any]:
     return {
-        "rule": RULES[convention],
-        "ratio": (sampling_ratio or 4) if convention == "rfcn" else sampling_ratio,
+        "rule": roi_rules.deform_roi_pool(gamma, sampling_ratio, convention),
         "output_size": output_size,
         "spatial_scale": spatial_scale,
         "part_size": output_size,
-        "factor": gamma,
     }
 
 
@@ -71,12 +65,11 @@ def deform_ps_roi_pool(
     *,
     output_size: tuple[int, int],
     spatial_scale: float,
-    group_size: int,
+    group_size: tuple[int, int],
     part_size: tuple[int, int],
     sample_per_part: int,
     trans_std: float,
     out: np.ndarray | None = None,
-    **_: Any,
 ) -> np.ndarray:
     """Returns (R, C/(G*G), PH, PW)."""
     options = _ps_options(output_size, spatial_scale, group_size, part_size, sample_per_part, trans_std)
@@ -91,12 +84,11 @@ def deform_ps_roi_pool_backward(
     *,
     output_size: tuple[int, int],
     spatial_scale: float,
-    group_size: int,
+    group_size: tuple[int, int],
     part_size: tuple[int, int],
     sample_per_part: int,
     trans_std: float,
     wrt: tuple[str, ...],
-    **_: Any,
 ) -> dict[str, np.ndarray]:
     """Returns argument name -> gradient."""
     options = _ps_options(output_size, spatial_scale, group_size, part_size, sample_per_part, trans_std)
@@ -108,17 +100,14 @@ def deform_ps_roi_pool_backward(
 def _ps_options(
     output_size: tuple[int, int],
     spatial_scale: float,
-    group_size: int,
+    group_size: tuple[int, int],
     part_size: tuple[int, int],
     sample_per_part: int,
     trans_std: float,
 ) -> dict[str, Any]:
     return {
-        "rule": RFCN,
-        "ratio": sample_per_part,
+        "rule": roi_rules.deform_ps_roi_pool(group_size, sample_per_part, trans_std),
         "output_size": output_size,
         "spatial_scale": spatial_scale,
-        "groups": (group_size, group_size),
         "part_size": part_size,
-        "factor": trans_std,
     }

@@ -8,8 +8,6 @@ offset are kept per owner and added up in order, so results do not depend on the
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from dcn_kernels.cpu import workspace
@@ -19,7 +17,7 @@ from dcn_kernels.cpu.jit import inner, kernel, stay_apart
 from dcn_kernels.cpu.sampling import SLOPE, VALUE, corner_table, limits
 from dcn_kernels.cpu.slabs import array_from, described, load_pixels, numbers
 from dcn_kernels.cpu.threads import barrier, claim, join, leave, run, threads_for
-from dcn_kernels.shapes import accumulator
+from dcn_kernels.dtypes import accumulator
 
 TILE = 512  # pixels whose corners are held at once
 BATCH = 8  # channels that share them
@@ -171,7 +169,6 @@ def offset_sample2d(
     *,
     border: str,
     out: np.ndarray | None = None,
-    **_: Any,  # what concerns GPUs alone
 ) -> np.ndarray:
     """Returns (N, C, H, W)."""
     if out is None:
@@ -200,7 +197,6 @@ def offset_sample2d_backward(
     *,
     border: str,
     wrt: tuple[str, ...],
-    **_: Any,
 ) -> dict[str, np.ndarray]:
     """Returns argument name -> gradient."""
     given = {"input": input, "offset": offset}

@@ -34,7 +34,8 @@ from dcn_kernels.cpu.roi_lanes import (
 )
 from dcn_kernels.cpu.slabs import Array
 from dcn_kernels.cpu.threads import claim, get_num_threads, join, leave, run
-from dcn_kernels.shapes import accumulator
+from dcn_kernels.dispatch.roi_rules import Rule
+from dcn_kernels.dtypes import accumulator
 
 DIRECT_BYTES = 2 << 20  # of maps read in place, of which a RoI reads a part: a bin's lines then serve several channels
 BLOCK_BYTES = 512 << 10  # of the map's values that a thread works on at a time: half a second-level cache of 1 MiB
@@ -440,13 +441,10 @@ def plan(
     offset: np.ndarray | None,
     mask: np.ndarray | None,
     *,
-    rule: int,
-    ratio: int,
+    rule: Rule,
     output_size: tuple[int, int],
     spatial_scale: float,
-    groups: tuple[int, int] = (1, 1),
     part_size: tuple[int, int] = (1, 1),
-    factor: float = 0.0,
     backward: bool = False,
     coordinates: bool = False,
     lanes: int | None = None,
@@ -454,7 +452,7 @@ def plan(
     """How one call is worked on."""
     N, C, H, W = input.shape
     real = accumulator(input.dtype)
-    maps, classes = groups[0] * groups[1], 1 if offset is None else offset.shape[1] // 2
+    maps, classes = rule.maps[0] * rule.maps[1], 1 if offset is None else offset.shape[1] // 2
     channels, bins = C // maps, output_size[0] * output_size[1]
     each, plane = channels // classes, H * W * real.itemsize
     # staging a map must be worth it: a bin touches about eight pixels
@@ -467,13 +465,13 @@ def plan(
     units, threads = cut(channels, classes, block, RANGES if coordinates else None), get_num_threads()
     chunks = 1 if backward else max(1, min(-(-4 * threads // (N * len(units))), len(rois) // 256))
     shape = Shape(
-        C, H, W, *output_size, classes, *groups, rule, ratio, *part_size,
+        C, H, W, *output_size, classes, *rule.maps, rule.number, rule.samples, *part_size,
         int(offset is not None), int(mask is not None), lanes, block, int(direct), chunks,
     )  # fmt: skip
     nothing = np.empty((1, 1, 1, 1), real)
     return Plan(
         shape,
-        np.array([spatial_scale, factor], real),
+        np.array([spatial_scale, rule.factor], real),
         units,
         *by_image(rois, N),
         _one_type(np.ascontiguousarray(rois, real)),
@@ -513,10 +511,10 @@ def mean(
     out: np.ndarray | None = None,
     **options: Any,  # those of `plan`
 ) -> np.ndarray:
-    """Returns (R, C/(groups), PH, PW)."""
-    groups = options.get("groups", (1, 1))
+    """Returns (R, C/maps, PH, PW)."""
+    maps = options["rule"].maps
     if out is None:
-        out = np.empty((len(rois), input.shape[1] // (groups[0] * groups[1]), *options["output_size"]), input.dtype)
+        out = np.empty((len(rois), input.shape[1] // (maps[0] * maps[1]), *options["output_size"]), input.dtype)
     if out.size == 0:
         return out
     p = plan(input, rois, offset, mask, **options)

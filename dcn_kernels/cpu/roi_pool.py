@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from dcn_kernels.cpu import bins as rules
 from dcn_kernels.cpu import workspace
-from dcn_kernels.cpu.bins import MAX, peek, poke, pooled_bin
+from dcn_kernels.cpu.bins import peek, poke, pooled_bin
 from dcn_kernels.cpu.convert import F32, F64, fetch_run
 from dcn_kernels.cpu.jit import inner, kernel
 from dcn_kernels.cpu.roi_blocks import expect, load_block, load_pooled, store_block, store_pooled, turn_out
@@ -21,7 +20,8 @@ from dcn_kernels.cpu.roi_lanes import LANES, SLABS, grid_argmax, grid_max, grid_
 from dcn_kernels.cpu.roi_mean import Plan, array, buffers, extent, mean, mean_backward, plan, score_map, slabs_of
 from dcn_kernels.cpu.slabs import load_pixels
 from dcn_kernels.cpu.threads import barrier, claim, join, leave, run
-from dcn_kernels.shapes import argmax_error
+from dcn_kernels.dispatch import roi_rules
+from dcn_kernels.dispatch.shapes import argmax_error
 
 
 @inner
@@ -325,17 +325,17 @@ def roi_pool(
     mode: str,
     return_argmax: bool = False,
     out: np.ndarray | None = None,
-    **_: Any,
 ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
     """Returns (R, C, PH, PW), and the argmax."""
+    rule = roi_rules.roi_pool(mode)
     if mode == "avg":
-        return mean(input, rois, rule=rules.AVG, ratio=0, output_size=output_size, spatial_scale=spatial_scale, out=out)
+        return mean(input, rois, out=out, rule=rule, output_size=output_size, spatial_scale=spatial_scale)
     shape = (len(rois), input.shape[1], *output_size)
     if out is None:
         out = np.empty(shape, input.dtype)
     argmax = np.empty((*shape[:2], shape[2] * shape[3]) if return_argmax else (0, 0, 0), np.int64)
     if out.size:
-        p = plan(input, rois, None, None, **_max(output_size, spatial_scale))
+        p = plan(input, rois, None, None, rule=rule, output_size=output_size, spatial_scale=spatial_scale, lanes=LANES)
         b = buffers(p, ("staged",))
         e = _bin_buffers(p)
         run(
@@ -343,10 +343,6 @@ def roi_pool(
             array(out), argmax, int(return_argmax), b["staged"], b["pooled"], b["line"], e["edges"], e["where"],
         )  # fmt: skip
     return (out, argmax.reshape(shape)) if return_argmax else out
-
-
-def _max(output_size: tuple[int, int], spatial_scale: float) -> dict[str, Any]:
-    return {"rule": MAX, "ratio": 0, "output_size": output_size, "spatial_scale": spatial_scale, "lanes": LANES}
 
 
 def _bin_buffers(p: Plan) -> dict[str, np.ndarray]:
@@ -366,22 +362,20 @@ def roi_pool_backward(
     spatial_scale: float,
     mode: str,
     wrt: tuple[str, ...],
-    **_: Any,
 ) -> dict[str, np.ndarray]:
     """Returns argument name -> gradient."""
+    options: dict[str, Any] = {
+        "rule": roi_rules.roi_pool(mode),
+        "output_size": output_size,
+        "spatial_scale": spatial_scale,
+    }
     if mode == "avg":
-        options: dict[str, Any] = {
-            "rule": rules.AVG,
-            "ratio": 0,
-            "output_size": output_size,
-            "spatial_scale": spatial_scale,
-        }
         return mean_backward(grad_output, input, rois, wrt=wrt, **options)
     grad_input = np.zeros(input.shape, input.dtype)
     if grad_output.size == 0:
         return {"input": grad_input}
     given = argmax is not None
-    p = plan(input, rois, None, None, **{**_max(output_size, spatial_scale), **({"lanes": 1} if given else {})})
+    p = plan(input, rois, None, None, lanes=1 if given else LANES, **options)
     p = p._replace(shape=p.shape._replace(direct=0))
     b = buffers(p, ("grad_staged",) if given else ("staged", "grad_staged"))
     if argmax is not None:
@@ -412,13 +406,13 @@ def ps_roi_pool(
     group_size: tuple[int, int],
     convention: str,
     out: np.ndarray | None = None,
-    **_: Any,
 ) -> np.ndarray:
     """Returns (R, C/(G*G), PH, PW)."""
     if out is None:
         out = np.empty((len(rois), input.shape[1] // (group_size[0] * group_size[1]), *output_size), input.dtype)
     if out.size:
-        p = plan(input, rois, None, None, **_ps(output_size, spatial_scale, group_size, convention))
+        rule = roi_rules.ps_roi_pool(group_size, convention)
+        p = plan(input, rois, None, None, rule=rule, output_size=output_size, spatial_scale=spatial_scale, lanes=1)
         b = buffers(p, ("staged",))
         run(
             rect_worker, p.threads, p.shape, p.constants, p.units, p.order, p.first_of, p.rois, array(input), p.planes,
@@ -442,12 +436,13 @@ def ps_roi_pool_backward(
     group_size: tuple[int, int],
     convention: str,
     wrt: tuple[str, ...],
-    **_: Any,
 ) -> dict[str, np.ndarray]:
     """Returns argument name -> gradient."""
     grad_input = np.zeros(input.shape, input.dtype)
     if grad_output.size:
-        p = plan(input, rois, None, None, **_ps(output_size, spatial_scale, group_size, convention), backward=True)
+        rule = roi_rules.ps_roi_pool(group_size, convention)
+        sizes: dict[str, Any] = {"output_size": output_size, "spatial_scale": spatial_scale}
+        p = plan(input, rois, None, None, rule=rule, **sizes, lanes=1, backward=True)
         b = buffers(p, ("grad_staged",))
         grad_planes = grad_input.reshape(-1) if p.shape.direct else np.empty(0, p.constants.dtype)
         run(
@@ -456,14 +451,6 @@ def ps_roi_pool_backward(
             _all_edges(p),
         )  # fmt: skip
     return {"input": grad_input}
-
-
-def _ps(
-    output_size: tuple[int, int], spatial_scale: float, group_size: tuple[int, int], convention: str
-) -> dict[str, Any]:
-    rule = rules.POOLED_RFCN if convention == "rfcn" else rules.POOLED_TORCHVISION
-    common = {"output_size": output_size, "spatial_scale": spatial_scale}
-    return {"rule": rule, "ratio": 0, "groups": group_size, "lanes": 1, **common}
 
 
 def roi_align(
@@ -475,10 +462,10 @@ def roi_align(
     sampling_ratio: int,
     aligned: bool,
     out: np.ndarray | None = None,
-    **_: Any,
 ) -> np.ndarray:
     """Returns (R, C, PH, PW)."""
-    return mean(input, rois, out=out, **_align(output_size, spatial_scale, sampling_ratio, aligned=aligned))
+    rule = roi_rules.roi_align(sampling_ratio, aligned)
+    return mean(input, rois, out=out, rule=rule, output_size=output_size, spatial_scale=spatial_scale)
 
 
 def roi_align_backward(
@@ -491,11 +478,10 @@ def roi_align_backward(
     sampling_ratio: int,
     aligned: bool,
     wrt: tuple[str, ...],
-    **_: Any,
 ) -> dict[str, np.ndarray]:
     """Returns argument name -> gradient."""
-    options = _align(output_size, spatial_scale, sampling_ratio, aligned=aligned)
-    return mean_backward(grad_output, input, rois, wrt=wrt, **options)
+    sizes: dict[str, Any] = {"output_size": output_size, "spatial_scale": spatial_scale}
+    return mean_backward(grad_output, input, rois, wrt=wrt, rule=roi_rules.roi_align(sampling_ratio, aligned), **sizes)
 
 
 def ps_roi_align(
@@ -506,11 +492,10 @@ def ps_roi_align(
     spatial_scale: float,
     sampling_ratio: int,
     out: np.ndarray | None = None,
-    **_: Any,
 ) -> np.ndarray:
     """Returns (R, C/(PH*PW), PH, PW)."""
-    options = _align(output_size, spatial_scale, sampling_ratio, aligned=True)
-    return mean(input, rois, groups=output_size, out=out, **options)
+    rule = roi_rules.ps_roi_align(output_size, sampling_ratio)
+    return mean(input, rois, out=out, rule=rule, output_size=output_size, spatial_scale=spatial_scale)
 
 
 def ps_roi_align_backward(
@@ -522,13 +507,8 @@ def ps_roi_align_backward(
     spatial_scale: float,
     sampling_ratio: int,
     wrt: tuple[str, ...],
-    **_: Any,
 ) -> dict[str, np.ndarray]:
     """Returns argument name -> gradient."""
-    options = _align(output_size, spatial_scale, sampling_ratio, aligned=True)
-    return mean_backward(grad_output, input, rois, groups=output_size, wrt=wrt, **options)
-
-
-def _align(output_size: tuple[int, int], spatial_scale: float, sampling_ratio: int, *, aligned: bool) -> dict[str, Any]:
-    rule = rules.ALIGN if aligned else rules.ALIGN_LEGACY
-    return {"rule": rule, "ratio": sampling_ratio, "output_size": output_size, "spatial_scale": spatial_scale}
+    rule = roi_rules.ps_roi_align(output_size, sampling_ratio)
+    sizes: dict[str, Any] = {"output_size": output_size, "spatial_scale": spatial_scale}
+    return mean_backward(grad_output, input, rois, wrt=wrt, rule=rule, **sizes)

@@ -6,7 +6,7 @@
 using acc_t = accumulator_of<scalar_t>::type;  // coordinates, weights and sums
 #include "sampling.cuh"
 
-enum rule_t { MAX, AVG, PS_RFCN, PS_TORCHVISION, PAPER, ALIGNED, LEGACY, RFCN };  // RULES in roi_mean.py
+enum rule_t { MAX, AVG, PS_RFCN, PS_TORCHVISION, PAPER, ALIGNED, LEGACY, RFCN };  // roi_rules.RULES
 
 // What a launch works on (ROI in roi_mean.py): sizes below 2^31, products of them and strides are index_t, strides in
 // elements. Input channels of one output channel are `maps_h * maps_w` score maps, 1 where not position sensitive.

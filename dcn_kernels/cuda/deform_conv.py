@@ -19,7 +19,7 @@ from dcn_kernels.cuda.device import DEFAULT_WORKSPACE, SPLIT_CAPABILITIES, Devic
 from dcn_kernels.cuda.gather import Gatherer
 from dcn_kernels.cuda.staging import copy
 from dcn_kernels.cuda.taps import LARGEST, all_types, channels_at_once, conv, set_strides, team, types, widths
-from dcn_kernels.shapes import accumulator
+from dcn_kernels.dtypes import accumulator
 
 OP, BUILD = "deform_conv2d", "deform_conv"
 THREADS, PIXELS, SLOTS = 256, 32, 8
@@ -43,7 +43,6 @@ def deform_conv2d(
     dilation: tuple[int, int],
     border: str,
     precision: str,
-    deterministic: bool = False,  # the forward always is
     workspace_bytes: int | None,
     out: Any = None,
     device: Device | None = None,

@@ -11,9 +11,9 @@ from dcn_kernels.cuda import roi_mean
 from dcn_kernels.cuda.compile import Flags
 from dcn_kernels.cuda.device import DEFAULT_WORKSPACE, Device
 from dcn_kernels.cuda.roi_mean import WARPS, Pooling, Source, Target, input_gradient, mean, set_strides
+from dcn_kernels.dispatch import roi_rules
 
 BUILD = "deform_roi_pool"
-SAMPLES = 4  # "rfcn": where sampling_ratio is 0
 
 
 def deform_roi_pool(
@@ -30,13 +30,11 @@ def deform_roi_pool(
     out: Any = None,
     workspace_bytes: int = DEFAULT_WORKSPACE,
     device: Device | None = None,
-    **_: Any,
 ) -> Any:
     """Returns (R, C, PH, PW)."""
     device = device or _device.current()
-    rule, ratio = _rule(convention, sampling_ratio)
-    options: dict[str, Any] = {"output_size": output_size, "spatial_scale": spatial_scale, "factor": gamma}
-    pooling = Pooling("deform_roi_pool", device, input, rois, offset, mask, rule=rule, ratio=ratio, **options)
+    rule = roi_rules.deform_roi_pool(gamma, sampling_ratio, convention)
+    pooling = Pooling("deform_roi_pool", device, input, rois, rule, output_size, spatial_scale, offset, mask)
     return mean(pooling, out, workspace_bytes)
 
 
@@ -56,13 +54,11 @@ def deform_roi_pool_backward(
     wrt: tuple[str, ...],
     workspace_bytes: int = DEFAULT_WORKSPACE,
     device: Device | None = None,
-    **_: Any,
 ) -> dict[str, Any]:
     """Returns argument name -> gradient."""
     device = device or _device.current()
-    rule, ratio = _rule(convention, sampling_ratio)
-    options: dict[str, Any] = {"output_size": output_size, "spatial_scale": spatial_scale, "factor": gamma}
-    pooling = Pooling("deform_roi_pool", device, input, rois, offset, mask, rule=rule, ratio=ratio, **options)
+    rule = roi_rules.deform_roi_pool(gamma, sampling_ratio, convention)
+    pooling = Pooling("deform_roi_pool", device, input, rois, rule, output_size, spatial_scale, offset, mask)
     given = {"input": input, "offset": offset, "mask": mask}
     grads = {name: device.empty(given[name].shape, given[name].dtype) for name in wrt}
     _gradients(pooling, grad_output, grads, deterministic, workspace_bytes)
@@ -76,20 +72,19 @@ def deform_ps_roi_pool(
     *,
     output_size: tuple[int, int],
     spatial_scale: float,
-    group_size: int,
+    group_size: tuple[int, int],
     part_size: tuple[int, int],
     sample_per_part: int,
     trans_std: float,
     out: Any = None,
     workspace_bytes: int = DEFAULT_WORKSPACE,
     device: Device | None = None,
-    **_: Any,
 ) -> Any:
     """Returns (R, C/(G*G), PH, PW)."""
     device = device or _device.current()
-    options: dict[str, Any] = {"output_size": output_size, "spatial_scale": spatial_scale, "factor": trans_std}
-    options |= {"rule": "rfcn", "ratio": sample_per_part, "maps": (group_size, group_size)}
-    return mean(Pooling("deform_ps_roi_pool", device, input, rois, trans, **options), out, workspace_bytes)
+    rule = roi_rules.deform_ps_roi_pool(group_size, sample_per_part, trans_std)
+    pooling = Pooling("deform_ps_roi_pool", device, input, rois, rule, output_size, spatial_scale, trans)
+    return mean(pooling, out, workspace_bytes)
 
 
 def deform_ps_roi_pool_backward(
@@ -100,7 +95,7 @@ def deform_ps_roi_pool_backward(
     *,
     output_size: tuple[int, int],
     spatial_scale: float,
-    group_size: int,
+    group_size: tuple[int, int],
     part_size: tuple[int, int],
     sample_per_part: int,
     trans_std: float,
@@ -108,24 +103,16 @@ def deform_ps_roi_pool_backward(
     wrt: tuple[str, ...],
     workspace_bytes: int = DEFAULT_WORKSPACE,
     device: Device | None = None,
-    **_: Any,
 ) -> dict[str, Any]:
     """Returns argument name -> gradient."""
     device = device or _device.current()
-    options: dict[str, Any] = {"output_size": output_size, "spatial_scale": spatial_scale, "factor": trans_std}
-    options |= {"rule": "rfcn", "ratio": sample_per_part, "maps": (group_size, group_size)}
-    pooling = Pooling("deform_ps_roi_pool", device, input, rois, trans, **options)
+    rule = roi_rules.deform_ps_roi_pool(group_size, sample_per_part, trans_std)
+    pooling = Pooling("deform_ps_roi_pool", device, input, rois, rule, output_size, spatial_scale, trans)
     given = {"input": input, "trans": trans}
     grads = {name: device.empty(given[name].shape, given[name].dtype) for name in wrt}
     named = {"offset" if name == "trans" else name: grad for name, grad in grads.items()}
     _gradients(pooling, grad_output, named, deterministic, workspace_bytes)
     return grads
-
-
-def _rule(convention: str, sampling_ratio: int) -> tuple[str, int]:
-    if convention == "rfcn":
-        return "rfcn", sampling_ratio or SAMPLES
-    return ("aligned", sampling_ratio) if convention == "mmcv" else ("paper", 0)
 
 
 def _gradients(pooling: Pooling, grad_output: Any, grads: dict[str, Any], deterministic: bool, budget: int) -> None:

@@ -13,7 +13,7 @@ from dcn_kernels.cuda.device import DEFAULT_WORKSPACE, Device
 from dcn_kernels.cuda.gather import Gatherer
 from dcn_kernels.cuda.staging import copy
 from dcn_kernels.cuda.taps import LARGEST, all_types, conv, set_strides, team, types
-from dcn_kernels.shapes import accumulator
+from dcn_kernels.dtypes import accumulator
 
 OP, BUILD = "offset_sample2d", "offset_sample"
 THREADS, MOST_SLICES = 256, 8
@@ -26,7 +26,6 @@ def offset_sample2d(
     border: str,
     out: Any = None,
     device: Device | None = None,
-    **_: Any,
 ) -> Any:
     """Returns (N, C, H, W)."""
     device = device or _device.current()

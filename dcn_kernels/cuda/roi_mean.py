@@ -17,12 +17,12 @@ from dcn_kernels.cuda.device import DEFAULT_WORKSPACE, Device
 from dcn_kernels.cuda.roi_gather import collect
 from dcn_kernels.cuda.staging import copy
 from dcn_kernels.cuda.taps import LARGEST
-from dcn_kernels.shapes import accumulator
+from dcn_kernels.dispatch.roi_rules import Rule
+from dcn_kernels.dtypes import accumulator
 
 BUILD = "roi_mean"
 THREADS, WARPS = 256, 8
 VECTORS = {"float16": 8, "bfloat16": 8, "float32": 4, "float64": 1}  # channels of one load, of 16 bytes but for doubles
-RULES = ("max", "avg", "ps_rfcn", "ps_torchvision", "paper", "aligned", "legacy", "rfcn")  # in the order of rule_t
 
 ROI = np.dtype(
     [("R", np.int64)]
@@ -55,19 +55,15 @@ class Pooling:
         device: Device,
         input: Any,  # (N, C*maps, H, W)
         rois: Any,  # (R, 5)
-        offset: Any = None,  # (R, 2*classes, part_h, part_w)
-        mask: Any = None,  # (R, PH, PW)
-        *,
-        rule: str,
+        rule: Rule,
         output_size: tuple[int, int],
         spatial_scale: float,
-        ratio: int = 0,
-        factor: float = 0.0,
-        maps: tuple[int, int] = (1, 1),
+        offset: Any = None,  # (R, 2*classes, part_h, part_w)
+        mask: Any = None,  # (R, PH, PW)
     ) -> None:
         self.op, self.device, self.rois, self.offset, self.mask = op, device, rois, offset, mask
         self.dtype, self.real = input.dtype, accumulator(input.dtype)
-        (N, channels, H, W), self.maps = input.shape, maps[0] * maps[1]
+        (N, channels, H, W), self.maps = input.shape, rule.maps[0] * rule.maps[1]
         self.C = channels // self.maps
         self.shape = (len(rois), self.C, *output_size)
         sizes = {"N": N, "C": channels, "H": H, "W": W, "PH*PW": output_size[0] * output_size[1]}
@@ -77,8 +73,9 @@ class Pooling:
         classes, part = (1, output_size) if offset is None else (offset.shape[1] // 2, offset.shape[2:])
         s = self.sizes = np.zeros(1, ROI)
         s["N"], s["C"], s["H"], s["W"], (s["PH"], s["PW"]) = N, self.C, H, W, output_size
-        s["R"], s["classes"], (s["maps_h"], s["maps_w"]), (s["part_h"], s["part_w"]) = len(rois), classes, maps, part
-        s["rule"], s["ratio"], s["scale"], s["factor"] = RULES.index(rule), ratio, spatial_scale, factor
+        s["R"], s["classes"], (s["part_h"], s["part_w"]) = len(rois), classes, part
+        (s["maps_h"], s["maps_w"]), s["scale"], s["factor"] = rule.maps, spatial_scale, rule.factor
+        s["rule"], s["ratio"] = rule.number, rule.samples
         for name, axes, array in (("rois", "rk", rois), ("offset", "rkyx", offset), ("mask", "ryx", mask)):
             if array is not None:
                 set_strides(s, name, axes, array)

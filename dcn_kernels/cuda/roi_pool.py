@@ -13,7 +13,8 @@ from dcn_kernels.cuda.compile import Flags
 from dcn_kernels.cuda.device import DEFAULT_WORKSPACE, Device
 from dcn_kernels.cuda.roi_gather import collect
 from dcn_kernels.cuda.roi_mean import THREADS, Pooling, Source, Target, input_gradient, mean, set_strides
-from dcn_kernels.shapes import check_argmax
+from dcn_kernels.dispatch import roi_rules
+from dcn_kernels.dispatch.shapes import check_argmax
 
 BUILD = "roi_pool"
 
@@ -29,11 +30,10 @@ def roi_pool(
     out: Any = None,
     workspace_bytes: int = DEFAULT_WORKSPACE,
     device: Device | None = None,
-    **_: Any,
 ) -> Any:
     """Returns (R, C, PH, PW), and the argmax."""
     device = device or _device.current()
-    pooling = _pooling("roi_pool", device, input, rois, mode, output_size, spatial_scale)
+    pooling = Pooling("roi_pool", device, input, rois, roi_rules.roi_pool(mode), output_size, spatial_scale)
     if mode == "avg":
         return mean(pooling, out, workspace_bytes)
     y = device.empty(pooling.shape, input.dtype) if out is None else out
@@ -63,7 +63,7 @@ def roi_pool_backward(
 ) -> dict[str, Any]:
     """Returns argument name -> gradient."""
     device = device or _device.current()
-    pooling = _pooling("roi_pool", device, input, rois, mode, output_size, spatial_scale)
+    pooling = Pooling("roi_pool", device, input, rois, roi_rules.roi_pool(mode), output_size, spatial_scale)
     if mode == "avg":
         return _mean_gradient(pooling, grad_output, deterministic, workspace_bytes)
     if validate and argmax is not None:
@@ -120,11 +120,11 @@ def ps_roi_pool(
     out: Any = None,
     workspace_bytes: int = DEFAULT_WORKSPACE,
     device: Device | None = None,
-    **_: Any,
 ) -> Any:
     """Returns (R, C/(G*G), PH, PW)."""
     device = device or _device.current()
-    pooling = _ps_pooling(device, input, rois, output_size, spatial_scale, group_size, convention)
+    rule = roi_rules.ps_roi_pool(group_size, convention)
+    pooling = Pooling("ps_roi_pool", device, input, rois, rule, output_size, spatial_scale)
     return mean(pooling, out, workspace_bytes)
 
 
@@ -141,11 +141,11 @@ def ps_roi_pool_backward(
     wrt: tuple[str, ...],
     workspace_bytes: int = DEFAULT_WORKSPACE,
     device: Device | None = None,
-    **_: Any,
 ) -> dict[str, Any]:
     """Returns argument name -> gradient."""
     device = device or _device.current()
-    pooling = _ps_pooling(device, input, rois, output_size, spatial_scale, group_size, convention)
+    rule = roi_rules.ps_roi_pool(group_size, convention)
+    pooling = Pooling("ps_roi_pool", device, input, rois, rule, output_size, spatial_scale)
     return _mean_gradient(pooling, grad_output, deterministic, workspace_bytes)
 
 
@@ -160,11 +160,11 @@ def roi_align(
     out: Any = None,
     workspace_bytes: int = DEFAULT_WORKSPACE,
     device: Device | None = None,
-    **_: Any,
 ) -> Any:
     """Returns (R, C, PH, PW)."""
     device = device or _device.current()
-    pooling = _align_pooling(device, input, rois, output_size, spatial_scale, sampling_ratio, aligned)
+    rule = roi_rules.roi_align(sampling_ratio, aligned)
+    pooling = Pooling("roi_align", device, input, rois, rule, output_size, spatial_scale)
     return mean(pooling, out, workspace_bytes)
 
 
@@ -181,11 +181,11 @@ def roi_align_backward(
     wrt: tuple[str, ...],
     workspace_bytes: int = DEFAULT_WORKSPACE,
     device: Device | None = None,
-    **_: Any,
 ) -> dict[str, Any]:
     """Returns argument name -> gradient."""
     device = device or _device.current()
-    pooling = _align_pooling(device, input, rois, output_size, spatial_scale, sampling_ratio, aligned)
+    rule = roi_rules.roi_align(sampling_ratio, aligned)
+    pooling = Pooling("roi_align", device, input, rois, rule, output_size, spatial_scale)
     return _mean_gradient(pooling, grad_output, deterministic, workspace_bytes)
 
 
@@ -199,11 +199,11 @@ def ps_roi_align(
     out: Any = None,
     workspace_bytes: int = DEFAULT_WORKSPACE,
     device: Device | None = None,
-    **_: Any,
 ) -> Any:
     """Returns (R, C/(PH*PW), PH, PW)."""
     device = device or _device.current()
-    pooling = _align_pooling(device, input, rois, output_size, spatial_scale, sampling_ratio, True, output_size)
+    rule = roi_rules.ps_roi_align(output_size, sampling_ratio)
+    pooling = Pooling("ps_roi_align", device, input, rois, rule, output_size, spatial_scale)
     return mean(pooling, out, workspace_bytes)
 
 
@@ -219,11 +219,11 @@ def ps_roi_align_backward(
     wrt: tuple[str, ...],
     workspace_bytes: int = DEFAULT_WORKSPACE,
     device: Device | None = None,
-    **_: Any,
 ) -> dict[str, Any]:
     """Returns argument name -> gradient."""
     device = device or _device.current()
-    pooling = _align_pooling(device, input, rois, output_size, spatial_scale, sampling_ratio, True, output_size)
+    rule = roi_rules.ps_roi_align(output_size, sampling_ratio)
+    pooling = Pooling("ps_roi_align", device, input, rois, rule, output_size, spatial_scale)
     return _mean_gradient(pooling, grad_output, deterministic, workspace_bytes)
 
 
@@ -236,38 +236,6 @@ def _mean_gradient(pooling: Pooling, grad_output: Any, deterministic: bool, budg
         target = Target(pooling, grad_input, budget, planes=deterministic)
         input_gradient(pooling, target, grad_output, deterministic=deterministic)
     return {"input": grad_input}
-
-
-def _pooling(op: str, device: Device, input: Any, rois: Any, mode: str, size: tuple[int, int], scale: float) -> Pooling:
-    return Pooling(op, device, input, rois, rule=mode, output_size=size, spatial_scale=scale)
-
-
-def _ps_pooling(
-    device: Device,
-    input: Any,
-    rois: Any,
-    size: tuple[int, int],
-    scale: float,
-    group_size: tuple[int, int],
-    convention: str,
-) -> Pooling:
-    options: dict[str, Any] = {"rule": f"ps_{convention}", "output_size": size, "spatial_scale": scale}
-    return Pooling("ps_roi_pool", device, input, rois, maps=group_size, **options)
-
-
-def _align_pooling(
-    device: Device,
-    input: Any,
-    rois: Any,
-    size: tuple[int, int],
-    scale: float,
-    ratio: int,
-    aligned: bool,
-    maps: tuple[int, int] = (1, 1),
-) -> Pooling:
-    op, rule = "roi_align" if maps == (1, 1) else "ps_roi_align", "aligned" if aligned else "legacy"
-    options: dict[str, Any] = {"rule": rule, "ratio": ratio, "output_size": size, "spatial_scale": scale}
-    return Pooling(op, device, input, rois, maps=maps, **options)
 
 
 def variants(vector_atomics: bool) -> Iterator[Flags]:

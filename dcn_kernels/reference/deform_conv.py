@@ -7,12 +7,11 @@ dy(p0)/d dp_n = w(p_n) m_n(p0) sum_q dG(q, p0 + p_n + dp_n)/d dp_n x(q)         
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
+from dcn_kernels.dtypes import accumulator
 from dcn_kernels.reference.sampling import Corners, corners, gradient, sample, scatter
-from dcn_kernels.shapes import accumulator
 
 
 def deform_conv2d(
@@ -27,7 +26,6 @@ def deform_conv2d(
     dilation: tuple[int, int],
     border: str,
     out: np.ndarray | None = None,
-    **_: Any,  # what concerns GPUs alone
 ) -> np.ndarray:
     """Eq. 2. Returns (N, O, OH, OW)."""
     x, w = input.astype(np.float64), weight.astype(np.float64)
@@ -56,7 +54,6 @@ def deform_conv2d_backward(
     dilation: tuple[int, int],
     border: str,
     wrt: tuple[str, ...],
-    **_: Any,
 ) -> dict[str, np.ndarray]:
     """Eq. 7 and the transposes of Eq. 2 in its other arguments. Returns argument name -> gradient."""
     x, w, grad_y = (array.astype(np.float64) for array in (input, weight, grad_output))

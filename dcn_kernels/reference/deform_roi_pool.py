@@ -8,10 +8,12 @@ Offsets are normalised by the RoI's size; x stands before y in them. See roi_poo
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from dcn_kernels.dispatch import roi_rules
+from dcn_kernels.dtypes import accumulator
 from dcn_kernels.reference.roi_pool import (
     align_grid,
     points,
@@ -23,7 +25,6 @@ from dcn_kernels.reference.roi_pool import (
     written,
 )
 from dcn_kernels.reference.sampling import Corners, corners, gradient, sample, scatter
-from dcn_kernels.shapes import accumulator
 
 
 class Bin(NamedTuple):
@@ -196,11 +197,12 @@ def _bins(
     sampling_ratio: int,
     convention: str,
 ) -> Iterator[Bin]:
-    if convention == "paper":
-        return paper(input, rois, offset, output_size, spatial_scale, gamma)
-    if convention == "mmcv":
-        return mmcv(input, rois, offset, output_size, spatial_scale, gamma, sampling_ratio)
-    return rfcn(input, rois, offset, output_size, spatial_scale, (1, 1), output_size, sampling_ratio or 4, gamma)
+    rule = roi_rules.deform_roi_pool(gamma, sampling_ratio, convention)
+    if rule.name == "paper":
+        return paper(input, rois, offset, output_size, spatial_scale, rule.factor)
+    if rule.name == "aligned":
+        return mmcv(input, rois, offset, output_size, spatial_scale, rule.factor, rule.samples)
+    return rfcn(input, rois, offset, output_size, spatial_scale, (1, 1), output_size, rule.samples, rule.factor)
 
 
 def deform_roi_pool(
@@ -215,7 +217,6 @@ def deform_roi_pool(
     sampling_ratio: int,
     convention: str,
     out: np.ndarray | None = None,
-    **_: Any,
 ) -> np.ndarray:
     """Returns (R, C, PH, PW)."""
     bins = _bins(input, rois, offset, output_size, spatial_scale, gamma, sampling_ratio, convention)
@@ -235,7 +236,6 @@ def deform_roi_pool_backward(
     sampling_ratio: int,
     convention: str,
     wrt: tuple[str, ...],
-    **_: Any,
 ) -> dict[str, np.ndarray]:
     """Returns argument name -> gradient."""
     bins = _bins(input, rois, offset, output_size, spatial_scale, gamma, sampling_ratio, convention)
@@ -251,17 +251,15 @@ def deform_ps_roi_pool(
     *,
     output_size: tuple[int, int],
     spatial_scale: float,
-    group_size: int,
+    group_size: tuple[int, int],
     part_size: tuple[int, int],
     sample_per_part: int,
     trans_std: float,
     out: np.ndarray | None = None,
-    **_: Any,
 ) -> np.ndarray:
     """Returns (R, C/(G*G), PH, PW)."""
-    groups = (group_size, group_size)
-    bins = rfcn(input, rois, trans, output_size, spatial_scale, groups, part_size, sample_per_part, trans_std)
-    shape = (len(rois), input.shape[1] // (group_size * group_size), *output_size)
+    bins = rfcn(input, rois, trans, output_size, spatial_scale, group_size, part_size, sample_per_part, trans_std)
+    shape = (len(rois), input.shape[1] // (group_size[0] * group_size[1]), *output_size)
     return written(_forward(input, None, bins, shape), input.dtype, out)
 
 
@@ -273,16 +271,14 @@ def deform_ps_roi_pool_backward(
     *,
     output_size: tuple[int, int],
     spatial_scale: float,
-    group_size: int,
+    group_size: tuple[int, int],
     part_size: tuple[int, int],
     sample_per_part: int,
     trans_std: float,
     wrt: tuple[str, ...],
-    **_: Any,
 ) -> dict[str, np.ndarray]:
     """Returns argument name -> gradient."""
-    groups = (group_size, group_size)
-    bins = rfcn(input, rois, trans, output_size, spatial_scale, groups, part_size, sample_per_part, trans_std)
+    bins = rfcn(input, rois, trans, output_size, spatial_scale, group_size, part_size, sample_per_part, trans_std)
     grads = _backward(grad_output, input, trans, None, bins)
     given, names = {"input": input, "trans": trans}, {"input": "input", "trans": "offset"}
     return {name: grads[names[name]].astype(given[name].dtype) for name in wrt}  # type: ignore[union-attr]

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
+from dcn_kernels.dtypes import accumulator
 from dcn_kernels.reference.sampling import Corners, corners, gradient, sample, scatter
-from dcn_kernels.shapes import accumulator
 
 
 def offset_sample2d(
@@ -17,7 +16,6 @@ def offset_sample2d(
     *,
     border: str,
     out: np.ndarray | None = None,
-    **_: Any,
 ) -> np.ndarray:
     """Returns (N, C, H, W)."""
     y = np.zeros(input.shape)
@@ -36,7 +34,6 @@ def offset_sample2d_backward(
     *,
     border: str,
     wrt: tuple[str, ...],
-    **_: Any,
 ) -> dict[str, np.ndarray]:
     """Returns argument name -> gradient."""
     grads = {"input": np.zeros(input.shape), "offset": np.zeros(offset.shape)}

@@ -7,12 +7,15 @@ float32 and half-precision inputs), every product and sum rounded to it in the o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from dcn_kernels.dispatch import roi_rules
+from dcn_kernels.dispatch.roi_rules import Rule
+from dcn_kernels.dispatch.shapes import check_argmax
+from dcn_kernels.dtypes import accumulator
 from dcn_kernels.reference.sampling import Corners, corners, sample, scatter
-from dcn_kernels.shapes import accumulator, check_argmax
 
 FAR = 2.0**100  # pixels: coordinates beyond it are cut to it, so that sizes and bins stay finite
 
@@ -239,7 +242,6 @@ def roi_pool(
     mode: str,
     return_argmax: bool = False,
     out: np.ndarray | None = None,
-    **_: Any,
 ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
     """Returns (R, C, PH, PW), and the argmax."""
     shape = (len(rois), input.shape[1], *output_size)
@@ -266,7 +268,6 @@ def roi_pool_backward(
     spatial_scale: float,
     mode: str,
     wrt: tuple[str, ...],
-    **_: Any,
 ) -> dict[str, np.ndarray]:
     """Returns argument name -> gradient."""
     if mode == "avg":
@@ -295,8 +296,9 @@ def _ps_bins(
     group_size: tuple[int, int],
     convention: str,
 ) -> Iterator[Pooled]:
-    axis = rfcn_bins if convention == "rfcn" else torchvision_bins
-    return pooled(input, rois, output_size, spatial_scale, axis, score_maps(group_size, output_size))
+    rule = roi_rules.ps_roi_pool(group_size, convention)
+    axis = {"ps_rfcn": rfcn_bins, "ps_torchvision": torchvision_bins}[rule.name]
+    return pooled(input, rois, output_size, spatial_scale, axis, score_maps(rule.maps, output_size))
 
 
 def ps_roi_pool(
@@ -308,7 +310,6 @@ def ps_roi_pool(
     group_size: tuple[int, int],
     convention: str,
     out: np.ndarray | None = None,
-    **_: Any,
 ) -> np.ndarray:
     """Returns (R, C/(G*G), PH, PW)."""
     bins = _ps_bins(input, rois, output_size, spatial_scale, group_size, convention)
@@ -326,7 +327,6 @@ def ps_roi_pool_backward(
     group_size: tuple[int, int],
     convention: str,
     wrt: tuple[str, ...],
-    **_: Any,
 ) -> dict[str, np.ndarray]:
     """Returns argument name -> gradient."""
     bins = _ps_bins(input, rois, output_size, spatial_scale, group_size, convention)
@@ -351,14 +351,13 @@ def _aligned_bins(
     rois: np.ndarray,
     output_size: tuple[int, int],
     spatial_scale: float,
-    sampling_ratio: int,
-    aligned: bool,
-    channels: Callable[[int, int], slice],
+    rule: Rule,
 ) -> Iterator[Sampled]:
     (height, width), real = input.shape[2:], accumulator(input.dtype).type
+    aligned, channels = rule.name == "aligned", score_maps(rule.maps, output_size)
     for r, roi in enumerate(rois.astype(real)):
-        rows = align_grid(roi[2], roi[4], real(spatial_scale), output_size[0], sampling_ratio, aligned=aligned)
-        columns = align_grid(roi[1], roi[3], real(spatial_scale), output_size[1], sampling_ratio, aligned=aligned)
+        rows = align_grid(roi[2], roi[4], real(spatial_scale), output_size[0], rule.samples, aligned=aligned)
+        columns = align_grid(roi[1], roi[3], real(spatial_scale), output_size[1], rule.samples, aligned=aligned)
         for ph, base_y in enumerate(rows.base):
             for pw, base_x in enumerate(columns.base):
                 y, x = np.meshgrid(points(base_y, rows, height), points(base_x, columns, width), indexing="ij")
@@ -391,10 +390,10 @@ def roi_align(
     sampling_ratio: int,
     aligned: bool,
     out: np.ndarray | None = None,
-    **_: Any,
 ) -> np.ndarray:
     """Returns (R, C, PH, PW)."""
-    bins = _aligned_bins(input, rois, output_size, spatial_scale, sampling_ratio, aligned, every_channel)
+    rule = roi_rules.roi_align(sampling_ratio, aligned)
+    bins = _aligned_bins(input, rois, output_size, spatial_scale, rule)
     return written(_sampled_mean(input, bins, (len(rois), input.shape[1], *output_size)), input.dtype, out)
 
 
@@ -408,10 +407,10 @@ def roi_align_backward(
     sampling_ratio: int,
     aligned: bool,
     wrt: tuple[str, ...],
-    **_: Any,
 ) -> dict[str, np.ndarray]:
     """Returns argument name -> gradient."""
-    bins = _aligned_bins(input, rois, output_size, spatial_scale, sampling_ratio, aligned, every_channel)
+    rule = roi_rules.roi_align(sampling_ratio, aligned)
+    bins = _aligned_bins(input, rois, output_size, spatial_scale, rule)
     return {"input": _sampled_mean_backward(grad_output, input, bins).astype(input.dtype)}
 
 
@@ -423,11 +422,10 @@ def ps_roi_align(
     spatial_scale: float,
     sampling_ratio: int,
     out: np.ndarray | None = None,
-    **_: Any,
 ) -> np.ndarray:
     """Returns (R, C/(PH*PW), PH, PW)."""
-    channels = score_maps(output_size, output_size)
-    bins = _aligned_bins(input, rois, output_size, spatial_scale, sampling_ratio, True, channels)
+    rule = roi_rules.ps_roi_align(output_size, sampling_ratio)
+    bins = _aligned_bins(input, rois, output_size, spatial_scale, rule)
     shape = (len(rois), input.shape[1] // (output_size[0] * output_size[1]), *output_size)
     return written(_sampled_mean(input, bins, shape), input.dtype, out)
 
@@ -441,9 +439,8 @@ def ps_roi_align_backward(
     spatial_scale: float,
     sampling_ratio: int,
     wrt: tuple[str, ...],
-    **_: Any,
 ) -> dict[str, np.ndarray]:
     """Returns argument name -> gradient."""
-    channels = score_maps(output_size, output_size)
-    bins = _aligned_bins(input, rois, output_size, spatial_scale, sampling_ratio, True, channels)
+    rule = roi_rules.ps_roi_align(output_size, sampling_ratio)
+    bins = _aligned_bins(input, rois, output_size, spatial_scale, rule)
     return {"input": _sampled_mean_backward(grad_output, input, bins).astype(input.dtype)}

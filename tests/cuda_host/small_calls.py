@@ -8,9 +8,9 @@ import numpy as np
 from conftest import Backend, assert_close, cast
 
 import dcn_kernels
+from dcn_kernels.check.calls import output_shape, reduction_length
 from dcn_kernels.cuda import compile
-from dcn_kernels.gradcheck import output_shape, reduction_length
-from dcn_kernels.shapes import DTYPES
+from dcn_kernels.dtypes import DTYPES
 
 
 def every_kernel() -> set[tuple[str, str]]:

@@ -1,0 +1,1 @@
+"""Behind `dcn-bench`: layers, inputs, clocks, peers, records and pictures."""

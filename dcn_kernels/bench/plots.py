@@ -1,0 +1,217 @@
+"""Pictures of records (`dcn-bench plot`); needs matplotlib."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+from dcn_kernels.bench.record import PLAIN, Record, key, machine
+
+# Okabe and Ito's colours: told apart also by the colour-blind
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000", "#999999")
+
+
+def draw(records: dict[str, Record], what: str, kind: str) -> bytes:
+    """A picture of records by name.
+
+    Parameters
+    ----------
+    records : dict of name -> record
+    what : {"speed", "memory", "scaling", "cost"}
+        Time by layer and backend beside the peers; temporary memory by layer; speed-up by number of threads; time
+        against arithmetic, where what costs in proportion lies on a line.
+    kind : {"png", "svg", "pdf"}
+
+    Raises
+    ------
+    ValueError
+        The records hold nothing to draw.
+    """
+    if not any(record["rows"] for record in records.values()):
+        raise ValueError("the records hold no rows to draw")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    with plt.style.context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = {"speed": _speed, "memory": _memory, "scaling": _scaling, "cost": _cost}[what](plt, records)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=kind, dpi=130, bbox_inches="tight")
+        plt.close(figure)
+    return buffer.getvalue()
+
+
+def _suffix(records: dict[str, Record], name: str) -> str:
+    """The record's name, where two records hold the same row."""
+    keys = [{key(row) for row in record["rows"]} for record in records.values()]
+    return f" ({name})" if len(set().union(*keys)) < sum(map(len, keys)) else ""
+
+
+def _series(records: dict[str, Record], row: dict[str, Any], name: str) -> str:
+    """What a bar of ours is called: the backend, and whatever else tells rows apart."""
+    rows = [r for record in records.values() for r in record["rows"]]
+    words = ["dcn-kernels", row["backend"]]
+    if len({r["dtype"] for r in rows}) > 1:
+        words.append(row["dtype"])
+    if len({r["threads"] for r in rows}) > 1:
+        words.append(f"{row['threads']} thread" + "s" * (row["threads"] > 1))
+    return " ".join(words) + _suffix(records, name)
+
+
+def _place(row: dict[str, Any]) -> str:
+    """The label of a row's group of bars."""
+    return f"{row['layer']}  {row['op']}" + ("" if row["offsets"] == "none" else f"\n{row['offsets']} offsets")
+
+
+def _bars(plt: Any, panels: dict[str, dict[str, dict[str, float]]], unit: str, title: str, log: bool) -> Any:
+    """Horizontal bars: panel -> place -> series -> value."""
+    from matplotlib import ticker
+    from matplotlib.patches import Patch
+
+    series = list(dict.fromkeys(name for places in panels.values() for bars in places.values() for name in bars))
+    places = list(dict.fromkeys(place for panel in panels.values() for place in panel))
+    height = 1.6 + len(places) * max(0.5, 0.2 + 0.17 * len(series))
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(6.2 * len(panels), height), sharey=True, squeeze=False, layout="constrained"
+    )
+    thick = 0.8 / len(series)
+    colours = {name: _COLOURS[number % len(_COLOURS)] for number, name in enumerate(series)}
+    for axis, (panel, groups) in zip(axes[0], panels.items(), strict=True):
+        values = [value for bars in groups.values() for value in bars.values()]
+        for place, bars in groups.items():
+            present = [name for name in series if name in bars]
+            long = [bars[name] for name in present]
+            first = places.index(place) - (len(present) - 1) / 2 * thick  # bars side by side, whichever are missing
+            at = [first + number * thick for number in range(len(present))]
+            drawn = axis.barh(at, long, thick * 0.92, color=[colours[name] for name in present])
+            labels = [f"{value:.3g}" if value < 100 else f"{value:.0f}" for value in long]
+            axis.bar_label(drawn, labels, padding=2, fontsize=8)
+        if log:
+            axis.set_xscale("log")
+            axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            axis.xaxis.set_minor_formatter(ticker.NullFormatter())
+            axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axis.set_xlim(min(values) / 2, max(values) * 2.5)
+        else:
+            axis.set_xlim(0, max(values) * 1.15)
+        axis.set_title(panel, loc="left", fontweight="bold")
+        axis.set_xlabel(unit)
+        axis.grid(axis="x", alpha=0.3)
+        axis.set_axisbelow(True)
+    axes[0][0].set_yticks(range(len(places)), places)
+    axes[0][0].set_ylim(len(places) - 0.4, -0.6)
+    columns = min(3, len(series))
+    figure.legend(
+        [Patch(color=colours[name]) for name in series],
+        series,
+        title=title,
+        loc="outside upper left",
+        ncols=columns,
+        frameon=False,
+        fontsize=9,
+        alignment="left",
+    )
+    return figure
+
+
+def _where(records: dict[str, Record]) -> str:
+    machines = {machine(record) for record in records.values()}
+    threads = sorted({row["threads"] for record in records.values() for row in record["rows"]})
+    return ", ".join(sorted(machines)) + f", {', '.join(map(str, threads))} threads"
+
+
+def _most_threads(records: dict[str, Record]) -> dict[str, Record]:
+    """The rows at each record's largest number of threads: the others are for the picture of scaling."""
+    kept = {}
+    for name, record in records.items():
+        most = max((row["threads"] for row in record["rows"]), default=1)
+        kept[name] = {**record, "rows": [row for row in record["rows"] if row["threads"] == most]}
+    return kept
+
+
+def _speed(plt: Any, records: dict[str, Record]) -> Any:
+    panels: dict[str, dict[str, dict[str, float]]] = {}
+    records = _most_threads(records)
+    for name, record in records.items():
+        for row in record["rows"]:
+            bars = panels.setdefault(row["direction"], {}).setdefault(_place(row), {})
+            bars[_series(records, row, name)] = row["median_ms"]
+            for peer, theirs in row["against"].items():
+                bars[PLAIN.get(peer, peer) + _suffix(records, name)] = theirs["median_ms"]
+    return _bars(plt, panels, "milliseconds, median (log scale; shorter is better)", _where(records), log=True)
+
+
+def _memory(plt: Any, records: dict[str, Record]) -> Any:
+    panels: dict[str, dict[str, dict[str, float]]] = {}
+    for name, record in records.items():
+        for row in record["rows"]:
+            if row["temp_bytes"] is not None:
+                bars = panels.setdefault(row["direction"], {}).setdefault(_place(row), {})
+                bars[_series(records, row, name)] = row["temp_bytes"] / 1e6
+    if not panels:
+        raise ValueError("the records hold no temporary memory to draw")
+    return _bars(plt, panels, "temporary memory of a call, MB", _where(records), log=False)
+
+
+def _scaling(plt: Any, records: dict[str, Record]) -> Any:
+    lines: dict[str, dict[str, dict[int, float]]] = {}
+    dtypes = {row["dtype"] for record in records.values() for row in record["rows"]}
+    for name, record in records.items():
+        for row in record["rows"]:
+            label = f"{row['layer']} {row['backend']}" + ("" if row["offsets"] == "none" else f", {row['offsets']}")
+            label += (f", {row['dtype']}" if len(dtypes) > 1 else "") + _suffix(records, name)
+            lines.setdefault(row["direction"], {}).setdefault(label, {})[row["threads"]] = row["median_ms"]
+    if all(len(points) < 2 for panel in lines.values() for points in panel.values()):
+        raise ValueError("scaling needs rows at two numbers of threads: --threads 1 --threads 2")
+    figure, axes = plt.subplots(1, len(lines), figsize=(5.6 * len(lines), 4.6), squeeze=False)
+    for axis, (panel, found) in zip(axes[0], lines.items(), strict=True):
+        most = 1
+        for number, (label, points) in enumerate(found.items()):
+            threads = sorted(points)
+            most = max(most, threads[-1])
+            speedup = [points[threads[0]] / points[count] * threads[0] for count in threads]
+            dashes, colour = "-" if number < len(_COLOURS) else "--", _COLOURS[number % len(_COLOURS)]
+            axis.plot(threads, speedup, linestyle=dashes, marker="o", markersize=4, label=label, color=colour)
+        axis.plot([1, most], [1, most], ":", color="0.5", label="linear")
+        axis.set_title(panel, loc="left", fontweight="bold")
+        axis.set_xlabel("threads")
+        axis.set_xticks(sorted({count for points in found.values() for count in points}))
+        axis.set_ylabel("speed-up")
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.suptitle(", ".join(sorted({r["device"]["cpu"] for r in records.values()})), x=0.01, ha="left", fontsize=11)
+    figure.tight_layout()
+    return figure
+
+
+def _cost(plt: Any, records: dict[str, Record]) -> Any:
+    panels: dict[str, dict[str, list[tuple[float, float, str]]]] = {}
+    for name, record in records.items():
+        for row in record["rows"]:
+            gflop = row["gflops"] * row["median_ms"] / 1e3
+            series = panels.setdefault(row["direction"], {}).setdefault(_series(records, row, name), [])
+            series.append((gflop, row["median_ms"], row["layer"]))
+    figure, axes = plt.subplots(1, len(panels), figsize=(6.4 * len(panels), 5.2), squeeze=False)
+    for axis, (panel, found) in zip(axes[0], sorted(panels.items(), reverse=True), strict=True):
+        for number, (label, points) in enumerate(found.items()):
+            gflop, ms, layers = zip(*sorted(points), strict=True)
+            colour = _COLOURS[number % len(_COLOURS)]
+            axis.plot(gflop, ms, "os^Dv"[number % 5], markersize=5, label=label, color=colour, alpha=0.8)
+            rate = sorted(m / g for m, g in zip(ms, gflop, strict=True))[len(ms) // 2]
+            axis.plot(gflop, [rate * g for g in gflop], ":", color=colour, linewidth=1)
+            if number == 0:
+                for x, y, layer in zip(gflop, ms, layers, strict=True):
+                    axis.annotate(layer, (x, y), (-4, 5), textcoords="offset points", fontsize=7, ha="right")
+        axis.plot([], [], ":", color="0.5", label="in proportion (the median rate)")
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_title(panel, loc="left", fontweight="bold")
+        axis.set_xlabel("arithmetic of a call, GFLOP")
+        axis.set_ylabel("milliseconds, median")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=9, frameon=False, loc="upper left")
+    figure.suptitle(_where(records), x=0.01, ha="left", fontsize=11)
+    figure.tight_layout()
+    return figure

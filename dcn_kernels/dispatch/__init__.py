@@ -1,0 +1,1 @@
+"""What every call passes through: the row of an operator, the shapes, the arrays, the dispatcher."""

@@ -1,0 +1,1 @@
+"""The public functions and the rows, one file per family; registry.py lists the rows."""

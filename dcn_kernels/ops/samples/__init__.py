@@ -1,0 +1,1 @@
+"""Seeded inputs of each family, for the checks, the tests and the benchmark."""

@@ -1,0 +1,144 @@
+"""Inputs of deform_conv2d."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from dcn_kernels.dispatch.row import Sample
+from dcn_kernels.ops.samples.draw import layer_offsets, off_kinks, slopes_on_lines, values
+
+# name, (N, C, H, W), O, (KH, KW), groups, offset groups, stride, padding, dilation, border, mask, bias, reach
+_CASES = (
+    ("v1", (2, 3, 6, 7), 4, (3, 3), 1, 1, (1, 1), (1, 1), (1, 1), "zeros", False, False, 2),
+    ("v2", (1, 4, 7, 6), 6, (3, 3), 1, 1, (1, 1), (1, 1), (1, 1), "zeros", True, True, 2),
+    ("strided", (2, 4, 9, 8), 4, (2, 3), 2, 2, (2, 1), (1, 0), (1, 2), "zeros", True, True, 3),
+    ("straddling groups", (1, 12, 5, 6), 4, (3, 1), 2, 3, (1, 2), (0, 2), (2, 1), "zeros", True, False, 2),
+    ("msra", (1, 4, 6, 7), 3, (3, 3), 1, 2, (1, 1), (1, 1), (1, 1), "msra", True, True, 3),
+    ("edge", (1, 4, 7, 5), 5, (3, 2), 1, 1, (1, 1), (1, 1), (1, 1), "edge", False, True, 3),
+    ("far", (1, 2, 5, 5), 3, (1, 1), 1, 1, (1, 1), (0, 0), (1, 1), "zeros", True, False, 8),
+)
+
+
+def deform_conv2d(seed: int) -> list[Sample]:
+    """Every option of deform_conv2d in small float64 cases."""
+    rng, cases = np.random.default_rng(seed), []
+    for name, size, O, kernel, groups, OG, stride, padding, dilation, border, mask, bias, reach in _CASES:
+        arrays, params = _deform_conv2d_arrays(
+            rng, size, O, kernel, groups, OG, stride, padding, dilation, mask=mask, bias=bias
+        )
+        arrays["offset"] = off_kinks(rng, arrays["offset"], reach)
+        cases.append(Sample(arrays, {**params, "border": border}, name))
+    return cases
+
+
+def _deform_conv2d_arrays(
+    rng: np.random.Generator,
+    size: tuple[int, int, int, int],
+    O: int,
+    kernel: tuple[int, int],
+    groups: int,
+    OG: int,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    *,
+    mask: bool = True,
+    bias: bool = True,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arrays by name (the offset as its shape alone) and parameters."""
+    N, C, H, W = size
+    taps = kernel[0] * kernel[1]
+    OH, OW = (
+        (length + 2 * padding[a] - dilation[a] * (kernel[a] - 1) - 1) // stride[a] + 1
+        for a, length in enumerate((H, W))
+    )
+    if C % groups or O % groups:
+        raise ValueError(f"groups = {groups} does not divide C = {C} and O = {O}")
+    if min(OH, OW) < 1:
+        raise ValueError(f"the kernel with its dilation is larger than the padded input: OH, OW = {OH}, {OW}")
+    arrays: dict[str, Any] = {
+        "input": values(rng, (N, C, H, W)),
+        "offset": (N, 2 * OG * taps, OH, OW),
+        "weight": values(rng, (O, C // groups, *kernel)),
+    }
+    if bias:
+        arrays["bias"] = values(rng, (O,))
+    if mask:
+        arrays["mask"] = rng.integers(8, 64, (N, OG * taps, OH, OW)) / 64
+    params = {
+        "stride": stride,
+        "padding": padding,
+        "dilation": dilation,
+        "border": "zeros",
+        "precision": "float32",
+        "deterministic": False,
+        "workspace_bytes": None,
+    }
+    return arrays, params
+
+
+def deform_conv2d_kinks(seed: int) -> list[Sample]:
+    """One channel through weights of 1, every tap on a pixel line: offset 0 with padding 1, and whole offsets."""
+    rng, cases = np.random.default_rng(seed), []
+    H, W = 4, 5
+    for border in ("zeros", "msra", "edge"):
+        for reach in (0, 3):
+            arrays, params = _deform_conv2d_arrays(
+                rng, (1, 1, H, W), 1, (3, 3), 1, 1, (1, 1), (1, 1), (1, 1), mask=False, bias=False
+            )
+            arrays["weight"] = np.ones((1, 1, 3, 3))
+            arrays["offset"] = rng.integers(-reach, reach + 1, arrays["offset"]).astype(float)
+            tap, oy, ox = np.mgrid[:9, :H, :W]
+            y = oy - 1 + tap // 3 + arrays["offset"][0, 0::2]
+            x = ox - 1 + tap % 3 + arrays["offset"][0, 1::2]
+            expected = np.zeros_like(arrays["offset"])
+            expected[0, 0::2], expected[0, 1::2] = slopes_on_lines(arrays["input"][0, 0], border, y, x)
+            label = f"kink: {border}, " + ("whole offsets" if reach else "offset 0")
+            cases.append(Sample(arrays, {**params, "border": border}, label, expected={"offset": expected}))
+    return cases
+
+
+def deform_conv2d_part(sample: Sample, count: int, seed: int) -> tuple[Sample, dict[str, Any]]:
+    """`count` output positions of one image as a call of their own, for the reference, and where its results belong.
+
+    The way from the first position to each of them is added to its offset, so the call is a row of `count` positions.
+    Its result is ``output[index["output"]]``; where grad_output is 0 elsewhere, the whole's gradient of an argument is
+    this call's at ``index[argument]`` and 0 elsewhere, and equal to it where `index` does not name the argument.
+    """
+    rng, offset = np.random.default_rng(seed), sample.arrays["offset"]
+    N, _, OH, OW = offset.shape
+    n = int(rng.integers(N))
+    flat = np.sort(rng.choice(OH * OW, min(count, OH * OW), replace=False))
+    oy, ox = np.divmod(flat, OW)
+    stride_y, stride_x = sample.params["stride"]
+    moved = offset[n][:, oy, ox].astype(np.float64)
+    moved[0::2] += oy * stride_y
+    moved[1::2] += (ox - np.arange(len(flat))) * stride_x
+    arrays = {**sample.arrays, "input": sample.arrays["input"][n : n + 1], "offset": moved[None, :, None]}
+    if "mask" in arrays:
+        arrays["mask"] = arrays["mask"][n][:, oy, ox][None, :, None]
+    here = (slice(n, n + 1), slice(None), oy, ox)
+    index = {"output": here, "offset": here, "mask": here, "input": (slice(n, n + 1),)}
+    return Sample(arrays, sample.params, sample.label), index
+
+
+def deform_conv2d_layer(
+    layer: dict[str, Any], *, offsets: str = "random", spread: float = 2.0, seed: int = 0
+) -> Sample:
+    """Inputs of a layer: sizes N C H W O, kernel, stride, padding, dilation, groups, offset_groups."""
+    rng = np.random.default_rng(seed)
+    arrays, params = _deform_conv2d_arrays(
+        rng,
+        (layer["N"], layer["C"], layer["H"], layer["W"]),
+        layer["O"],
+        layer["kernel"],
+        layer["groups"],
+        layer["offset_groups"],
+        layer["stride"],
+        layer["padding"],
+        layer["dilation"],
+    )
+    arrays["offset"] = layer_offsets(rng, arrays["offset"], offsets, spread)
+    return Sample(arrays, params, offsets)

@@ -1,0 +1,119 @@
+"""What the samples of all families are drawn with: values, offsets off the kinks, boxes, slopes on pixel lines.
+
+The cases' sampling points are kept off the kinks by construction: every fractional part lies in [0.2, 0.8], so
+central differences with a step of up to 0.1 stay inside one cell, where bilinear interpolation is exactly quadratic.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+
+def off_kinks(rng: np.random.Generator, shape: tuple[int, ...], reach: int) -> np.ndarray:
+    """Offsets within about `reach` pixels whose fractional parts lie in [0.2, 0.8]; exact in every dtype."""
+    whole = rng.integers(-reach, reach, shape)
+    return whole + rng.integers(4, 13, shape) / 16  # sixteenths: a float16 or bfloat16 near 0 holds them exactly
+
+
+def values(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Normal numbers rounded to bfloat16 and float16, so that rounding the inputs is no part of an error."""
+    return np.round(rng.standard_normal(shape) * 32) / 32
+
+
+def slopes_on_lines(image: np.ndarray, border: str, y: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(d/dy, d/dx) of an image (H, W) at whole positions y, x: what the border rules document, one pixel at a time."""
+    H, W = image.shape
+
+    def pixel(row: int, column: int) -> float:
+        if border == "edge":
+            column, row = min(max(column, 0), W - 1), min(max(row, 0), H - 1)
+        return image[row, column] if 0 <= row < H and 0 <= column < W else 0.0
+
+    slopes = np.zeros((2, *y.shape))
+    first = (
+        -1 if border == "zeros" else 0
+    )  # the first line with a slope; at H-1 "zeros" falls to 0, the others are flat
+    last = 0 if border == "zeros" else 1
+    for at in np.ndindex(y.shape):
+        row, column = int(y[at]), int(x[at])
+        if first <= row < H - last:
+            slopes[0][at] = pixel(row + 1, column) - pixel(row, column)
+        if first <= column < W - last:
+            slopes[1][at] = pixel(row, column + 1) - pixel(row, column)
+    return slopes[0], slopes[1]
+
+
+def layer_offsets(rng: np.random.Generator, shape: tuple[int, ...], offsets: str, spread: float) -> np.ndarray:
+    """Offsets (N, channels, OH, OW) for timing: "zero", "random" (independent) or "smooth" (wanders slowly).
+
+    In 1/64 pixels, so that positions in a large image are exact in float32 and every backend looks into the same cell.
+    """
+    if offsets == "zero":
+        return np.zeros(shape)
+    if offsets == "random":
+        return np.round(rng.standard_normal(shape) * (64 * spread)) / 64
+    if offsets != "smooth":
+        raise ValueError(f"offsets: expected 'zero', 'smooth' or 'random', got {offsets!r}")
+    coarse = rng.standard_normal((*shape[:2], shape[2] // 8 + 2, shape[3] // 8 + 2)) * spread
+    rows, columns = (np.arange(length) / 8 for length in shape[2:])
+    y0, x0 = rows.astype(int), columns.astype(int)
+    ly, lx = (rows - y0)[:, None], columns - x0
+    top = coarse[:, :, y0][..., x0] * (1 - lx) + coarse[:, :, y0][..., x0 + 1] * lx
+    bottom = coarse[:, :, y0 + 1][..., x0] * (1 - lx) + coarse[:, :, y0 + 1][..., x0 + 1] * lx
+    return np.round((top * (1 - ly) + bottom * ly) * 64) / 64
+
+
+SCALE = 0.25  # exact in every dtype
+
+MAP = (2, 6, 7)  # N, H, W
+
+
+def distinct(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Maps whose pixels differ by a quarter at least, so that a maximum stays where it is under a small step."""
+    planes = [rng.permutation(shape[-2] * shape[-1]) for _ in range(shape[0] * shape[1])]
+    return np.stack(planes).reshape(shape) / 4 - shape[-2] * shape[-1] / 8
+
+
+def boxes(
+    rng: np.random.Generator,
+    count: int,
+    sizes: tuple[float, ...],
+    fraction: float,
+    convention: str,
+    unit: tuple[int, int] = (1, 1),
+) -> tuple[np.ndarray, np.ndarray]:
+    """(rois (R, 5), their sizes on the map as (R, 2) of x, y): they start `fraction` after a whole pixel."""
+    size = rng.choice(sizes, (count, 2)) * np.array(unit[::-1])  # sizes in units (y, x)
+    start = np.stack([rng.integers(-2, length - 2, count) for length in (MAP[2], MAP[1])], axis=1) + fraction
+    image = rng.integers(0, MAP[0], count)
+    if convention == "align":  # start = x1*s - 0.5
+        low, high = (start + 0.5) / SCALE, (start + 0.5 + size) / SCALE
+    elif convention == "rfcn":  # start = round(x1)*s - 0.5, the last pixel included; moved off the rounding's kink
+        low, high = (start + 0.5) / SCALE + 0.25, (start + 0.5 + size) / SCALE - 1.25
+    else:  # start = round(x1*s), the last pixel included
+        low, high = np.round(start) / SCALE + 0.5, (np.round(start) + size - 1) / SCALE - 0.5
+    return np.concatenate([image[:, None], low, high], axis=1), size
+
+
+def shifts(rng: np.random.Generator, shape: tuple[int, ...], reach: np.ndarray, fractions: list[float]) -> np.ndarray:
+    """Normalised offsets (R, 2*classes, PH, PW), x before y: `reach` (R, 2) pixels of shift per unit."""
+    pixels = rng.integers(-2, 2, shape) + rng.choice(fractions, shape) + rng.integers(-4, 5, shape) / 128
+    return pixels / np.tile(reach, (1, shape[1] // 2))[:, :, None, None]
+
+
+def roi_params(output_size: tuple[int, int], spatial_scale: float = SCALE, **more: Any) -> dict[str, Any]:
+    common = {"output_size": output_size, "spatial_scale": spatial_scale, "deterministic": False, "validate": False}
+    return {**common, **more}
+
+
+def roi_inputs(layer: dict[str, Any], seed: int) -> tuple[np.random.Generator, dict[str, Any]]:
+    """Input and rois of a layer: sizes N C H W R, spatial_scale; boxes from 1/16 of the image to all of it."""
+    rng = np.random.default_rng(seed)
+    N, C, H, W, R = (layer[letter] for letter in "NCHWR")
+    length = np.array([W, H]) / layer["spatial_scale"]
+    size = length * np.exp(rng.uniform(np.log(1 / 16), 0, (R, 2)))
+    low = rng.uniform(0, 1, (R, 2)) * (length - size)
+    rois = np.concatenate([rng.integers(0, N, (R, 1)), low, low + size], axis=1)
+    return rng, {"input": rng.standard_normal((N, C, H, W)), "rois": rois}
