@@ -378,7 +378,9 @@ def function_of(op: Op) -> Callable[..., torch.Tensor]:
             params[name] = list(value) if isinstance(value, (tuple, list)) else [int(value)] * 2
         return operator(*arrays.values(), *params.values())
 
-    function = _ported(op, _with_signature(arguments, route), list(arguments.signature.parameters))
+    bare = _with_signature(arguments, route)
+    bare.__name__ = bare.__qualname__ = op.name  # what Python's own errors call it
+    function = _ported(op, bare, list(arguments.signature.parameters))
     function.__name__ = function.__qualname__ = op.name
     function.__module__ = "dcn_kernels.torch"
     function.__signature__ = arguments.signature  # type: ignore[attr-defined]
