@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TEST_ARGS ?= -m 'not slow'
-FRAMEWORKS ?= torch jax scikit-learn
+FRAMEWORKS ?= torch jax scikit-learn onnx
 
 .PHONY: help setup profile test test-frameworks lint clean
 
@@ -35,7 +35,7 @@ $(VENV)/.frameworks: $(INSTALLED)
 	@touch $@
 
 # The files whose tests are left out for want of a package say so in these words.
-test-frameworks: $(VENV)/.frameworks ## Install PyTorch, JAX and scikit-learn, and run the tests that `make test` leaves out without them
+test-frameworks: $(VENV)/.frameworks ## Install PyTorch, JAX, scikit-learn and ONNX, and run the tests that `make test` leaves out without them
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(TEST_ARGS) $$(grep -l 'is not installed"' tests/test_*.py)
 
 $(VENV)/.linters: $(INSTALLED)
