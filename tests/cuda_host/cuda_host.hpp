@@ -156,6 +156,8 @@ inline void atomicAdd(float4* to, float4 value) {  // each of the four is atomic
   atomicAdd(at + 3, value.w);
 }
 
+#include "matrix_host.hpp"
+
 template <typename... P>
 void host_launch(const char* name, void (*kernel)(P...), unsigned blocks, unsigned threads, void** arguments,
                  const size_t* sizes, size_t count) {

@@ -93,7 +93,7 @@ class Library:
         copy, done = folder / "cuda_host.hpp", folder / "cuda_host.hpp.gch"
         if not done.exists():
             folder.mkdir(parents=True, exist_ok=True)
-            for name in ("cuda_host.hpp", "runtime.hpp"):
+            for name in ("cuda_host.hpp", "matrix_host.hpp", "runtime.hpp"):
                 shutil.copy(FOLDER / name, folder / name)
             made = folder / f"{os.getpid()}.gch"
             self._compile("-x", "c++-header", str(copy), "-o", str(made))
@@ -121,7 +121,8 @@ class Library:
             raise RuntimeError(f"{' '.join(command)}\n{result.stderr}")
 
     def _hash(self, *texts: str) -> str:
-        own = [(FOLDER / name).read_text() for name in ("cuda_host.hpp", "runtime.hpp", "runtime.cpp", "host.py")]
+        names = ("cuda_host.hpp", "matrix_host.hpp", "runtime.hpp", "runtime.cpp", "host.py")
+        own = [(FOLDER / name).read_text() for name in names]
         return hashlib.sha256("\0".join([self.sanitizer, *own, *texts]).encode()).hexdigest()[:24]
 
 
