@@ -311,6 +311,19 @@ def _differentiable(op: Op, names: tuple[str, ...], params_text: str) -> Callabl
     return function
 
 
+def _rois_of(op: Op, boxes: Any) -> jax.Array:
+    """(R, 5) of a list of (R_n, 4), one for each image, as dcn_kernels.torch takes it."""
+    rows = []
+    for n, each in enumerate(boxes):
+        if not isinstance(each, (jax.Array, np.ndarray)) or each.ndim != 2 or each.shape[1] != 4:
+            got = each.shape if hasattr(each, "shape") else type(each).__name__
+            raise TypeError(f"{op.name}: rois: expected (R, 5), or a list of (R_n, 4) for each image, got {got} in it")
+        rows.append(jax.numpy.concatenate([jax.numpy.full((len(each), 1), n, each.dtype), each], axis=1))
+    if not rows:
+        raise TypeError(f"{op.name}: rois: expected (R, 5), or a list of (R_n, 4) for each image, got an empty list")
+    return jax.numpy.concatenate(rows)
+
+
 def _function_of(op: Op) -> Callable[..., Any]:
     plain = inspect.signature(public(op))
     signature = plain.replace(parameters=[p for name, p in plain.parameters.items() if name not in op.plain_only])
@@ -326,6 +339,8 @@ def _function_of(op: Op) -> Callable[..., Any]:
             array = bound.arguments[name]
             if array is None and name in op.optional:
                 continue
+            if name == "rois" and isinstance(array, (list, tuple)):
+                array = _rois_of(op, array)
             if not isinstance(array, (jax.Array, np.ndarray)):
                 raise TypeError(f"{op.name}: {name}: expected a JAX or NumPy array, got {type(array).__name__}")
             arrays[name] = jax.numpy.asarray(array)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import pkgutil
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
+from types import CodeType, ModuleType
 
 import numpy as np
 import pytest
 
 import dcn_kernels
+import dcn_kernels.cpu
 from dcn_kernels.cpu import jit
 
 RUN = """
@@ -173,3 +177,42 @@ def test_what_is_kept_is_named_by_the_code_that_was_compiled(load, tmp_path: Pat
     hit = load(MODULE.replace("FACTOR * x", "FACTOR + x"))
     assert hit.work(20) == 23
     assert sum(hit.work.stats.cache_hits.values()) == 1
+
+
+def _globals(code: CodeType) -> set[str]:
+    """The names that a function looks up, those of functions inside it too."""
+    inside = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    return set(code.co_names).union(*map(_globals, inside))
+
+
+def test_no_kernel_reads_an_attribute_of_a_module_of_ours() -> None:
+    """The stamp of a kernel follows the names that it looks up; what stands behind a module's name it would not see."""
+    looked_at = 0
+    for found in pkgutil.iter_modules(dcn_kernels.cpu.__path__):
+        for name, thing in vars(import_module(f"dcn_kernels.cpu.{found.name}")).items():
+            function = getattr(thing, "py_func", None) or getattr(thing, "_defn", None)
+            if function is None:
+                continue
+            looked_at += 1
+            for used in _globals(function.__code__):
+                module = function.__globals__.get(used)
+                ours = isinstance(module, ModuleType) and module.__name__.startswith("dcn_kernels")
+                assert not ours, f"{found.name}.{name} reads {used}, a module"
+    assert looked_at > 50
+
+
+def test_without_compilation_there_is_an_error_that_says_so(tmp_path: Path) -> None:
+    code = """
+import numpy as np
+from dcn_kernels import offset_sample2d
+arrays = np.ones((1, 1, 3, 3)), np.zeros((1, 2, 3, 3))
+print(offset_sample2d(*arrays, backend="reference").sum())
+offset_sample2d(*arrays)
+"""
+    environment = {**os.environ, "NUMBA_DISABLE_JIT": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "9.0\n"
+    assert done.stderr.rstrip().endswith(
+        "RuntimeError: the cpu backend needs compilation, which NUMBA_DISABLE_JIT turns off: unset it, or take "
+        'backend="reference"'
+    )

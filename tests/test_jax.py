@@ -213,3 +213,15 @@ except ValueError as error:
     done = subprocess.run(command, env={**os.environ, **flags}, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "a sum over one device" in done.stdout
+
+
+def test_regions_may_be_a_list_of_boxes_for_each_image() -> None:
+    image = np.random.default_rng(0).standard_normal((2, 3, 8, 8)).astype(np.float32)
+    boxes = [np.array([[0.0, 1, 5, 6]], np.float32), np.array([[1.0, 1, 6, 7], [0, 0, 3, 3]], np.float32)]
+    rois = np.concatenate([np.repeat([[0.0], [1.0]], [1, 2], axis=0).astype(np.float32), np.concatenate(boxes)], axis=1)
+    want = functions.roi_align(image, rois, 2)
+    np.testing.assert_array_equal(functions.roi_align(image, boxes, 2), want)
+    np.testing.assert_array_equal(jax.jit(lambda *b: functions.roi_align(image, list(b), 2))(*boxes), want)
+    for wrong in ([], [rois], [1.0]):
+        with pytest.raises(TypeError, match=r"roi_align: rois: expected \(R, 5\), or a list of \(R_n, 4\)"):
+            functions.roi_align(image, wrong, 2)

@@ -583,3 +583,24 @@ def test_same_and_valid_padding_are_those_of_a_plain_convolution() -> None:
             layers.DeformConv2d(2, 3, **options, padding="same")
     with pytest.raises(ValueError, match="padding"):
         layers.DeformConv2d(2, 3, 3, padding="some")
+
+
+def test_layers_and_functions_are_leaves_of_a_traced_graph() -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layers.ModulatedDeformConv2dPack(3, 4, 3, padding=1)
+            self.pool = layers.RoIAlign(2, 1.0, 2)
+
+        def forward(self, image: torch.Tensor, rois: torch.Tensor) -> torch.Tensor:
+            features = self.layer(image).relu()
+            return self.pool(features, rois) + layers.roi_align(features, boxes=rois, output_size=2)
+
+    model, image, rois = Model(), torch.rand(1, 3, 6, 7), torch.tensor([[0.0, 0, 1, 5, 4]])
+    traced = torch.fx.symbolic_trace(model)
+    called = [node.target.__name__ for node in traced.graph.nodes if node.op == "call_function"]
+    assert called.count("roi_align") == 2 and called.count("deform_conv2d") == 1
+    got, want = traced(image, rois), model(image, rois)
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+    got.sum().backward()
+    assert traced.layer.weight.grad is not None

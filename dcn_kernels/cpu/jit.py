@@ -31,6 +31,11 @@ from numba.np.unsafe.ndarray import to_fixed_tuple as _to_fixed_tuple
 
 _log = logging.getLogger("dcn_kernels")
 
+if vars(numba.config)["DISABLE_JIT"]:  # the kernels' own instructions are LLVM's: Python cannot run them
+    raise RuntimeError(
+        'the cpu backend needs compilation, which NUMBA_DISABLE_JIT turns off: unset it, or take backend="reference"'
+    )
+
 # mypy would hold callers in compiled code to the Python signatures
 intrinsic: Any = _intrinsic
 to_fixed_tuple: Any = _to_fixed_tuple

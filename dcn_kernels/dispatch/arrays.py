@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import ml_dtypes
@@ -243,7 +244,11 @@ def taken_in(op: str, arrays: dict[str, Any], out: Any, backend: str | None) -> 
     device, number = devices[first]
     chosen = backend or device
     if (chosen == "cuda") != (device == "cuda"):
-        raise ValueError(f"{op}: backend: {chosen!r} cannot work on arrays on {_say(devices[first])}")
+        lacks = "" if device == "cuda" or find_spec("cupy") else ", and CuPy is not installed"
+        wanted = "a GPU" if chosen == "cuda" else "the CPU"
+        raise ValueError(
+            f"{op}: backend: {chosen!r} cannot work on arrays on {_say(devices[first])}: move them to {wanted}{lacks}"
+        )
     if out is not None and framework == "jax":
         raise TypeError(f"{op}: out: expected None, as JAX arrays cannot be written to, got an array")
     if device == "cpu":

@@ -333,6 +333,9 @@ def _ported(op: Op, function: Callable[..., torch.Tensor], names: Sequence[str])
     special = {*hints, *(["boxes"] if "rois" in names else [])}
 
     def ported(*args: Any, **kwargs: Any) -> torch.Tensor:
+        given = (*args, *kwargs.values())
+        if any(isinstance(each, torch.fx.Proxy) for each in given):  # the call is a leaf of a traced graph
+            return torch.overrides.handle_torch_function(ported, given, *args, **kwargs)
         if kwargs and not special.isdisjoint(kwargs):
             if "boxes" in kwargs and "rois" in names:
                 if "rois" in kwargs:
