@@ -360,9 +360,29 @@ def _function_of(op: Op) -> Callable[..., Any]:
     return function
 
 
+def disabled_checks() -> list[Any]:
+    """What `jax.export.export` is told as `disabled_checks`, as it refuses all custom calls that are not JAX's own.
+
+    Whoever loads what was exported must import this module first: XLA finds the operators by name.
+
+    Examples
+    --------
+    >>> import jax
+    >>> from jax import export
+    >>> from dcn_kernels.jax import disabled_checks, offset_sample2d
+    >>> image, offset = jax.numpy.ones((1, 1, 3, 3)), jax.numpy.zeros((1, 2, 3, 3))
+    >>> exported = export.export(jax.jit(offset_sample2d), disabled_checks=disabled_checks())(image, offset)
+    >>> float(exported.call(image, offset).sum())
+    9.0
+    """
+    from jax import export  # a module of its own, which jax does not load by itself
+
+    return [export.DisabledSafetyCheck.custom_call(TARGET)]
+
+
 _FUNCTIONS = {name: _function_of(op) for name, op in dcn_kernels.OPS.items()}
 globals().update(_FUNCTIONS)
-__all__ = list(_FUNCTIONS)
+__all__ = ["disabled_checks", *_FUNCTIONS]
 
 
 def __getattr__(name: str) -> Callable[..., Any]:
