@@ -185,7 +185,9 @@ def strike(calls, most, deadline):
         while struck < most and time.monotonic() < end:
             try:
                 signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-5, 2e-3))
-                while True:
+                # Where Python cannot hand an exception on, as in a finaliser, it drops it: then no strike comes.
+                lost = time.monotonic() + 0.2
+                while time.monotonic() < lost:
                     calls()
             except Struck:
                 struck += 1
