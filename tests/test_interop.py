@@ -379,10 +379,19 @@ def test_offsets_of_pytorch_deform_conv_v2(kernel: int, stride: int) -> None:
 @pytest.mark.parametrize("size", range(1, 40))
 def test_memory_for_other_frameworks_is_aligned_to_64_bytes(size: int) -> None:
     """TensorFlow ends the process at the first reduction over any other."""
-    from dcn_kernels.dispatch.arrays import _aligned
+    from dcn_kernels.dispatch.arrays import _to_other
+
+    class Framework:
+        """Takes an array over as it is."""
+
+        from_dlpack = staticmethod(lambda array: array)
+
+    class Theirs:
+        def __array_namespace__(self) -> type[Framework]:
+            return Framework
 
     whole = np.arange(size + 1, dtype=np.float32)
     for array in (whole[1:], whole[:size].reshape(size, 1)):
-        aligned = _aligned(array)
+        aligned = _to_other(array, Theirs())
         assert aligned.ctypes.data % 64 == 0 and aligned.flags.c_contiguous
         np.testing.assert_array_equal(aligned, array)
