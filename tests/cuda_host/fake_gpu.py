@@ -22,6 +22,7 @@ import re
 import runpy
 import sys
 import tempfile
+import traceback
 from bisect import bisect_right, insort
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -34,6 +35,7 @@ from cuda_host import host
 
 from dcn_kernels.cuda import compile
 
+GPU: Any = None  # this process's, once installed
 GPUS = 2
 CAPABILITY = (9, 0)
 TOTAL_BYTES = 8 << 30
@@ -49,6 +51,12 @@ PROPERTIES: dict[str, Any] = {
     "clockRate": 1_000_000,
     "memoryClockRate": 1_000_000,
     "memoryBusWidth": 1024,
+    "warpSize": 32,
+    "maxThreadsPerBlock": 1024,
+    "maxThreadsDim": (1024, 1024, 64),
+    "maxGridSize": (2**31 - 1, 65535, 65535),
+    "sharedMemPerBlock": 48 << 10,
+    "regsPerBlock": 65536,
 }
 _MAJOR, _MINOR = 75, 76  # cudaDeviceAttr
 _TYPES: dict[str, Any] = {
@@ -84,7 +92,9 @@ class FakeGPU:
     """State of the devices, and the functions that CuPy calls."""
 
     library: Any
+    attributes: Any  # CuPy's class of what is known of an address
     device: int = 0
+    kept: list[Any] = field(default_factory=list)  # callbacks, which must outlive CuPy
     log: list[Event] = field(default_factory=list)
     blocks: dict[int, tuple[Any, int, int]] = field(default_factory=dict)  # address -> memory, bytes, device
     addresses: list[int] = field(default_factory=list)
@@ -296,17 +306,11 @@ class FakeGPU:
         self.library.runtime.host_set_schedule(0, ctypes.c_uint64(0))
         entry(ctypes.c_uint(gx), ctypes.c_uint(bx), ctypes.c_void_p(arguments), None, ctypes.c_size_t(0))
 
-    attributes: Any = None
-
 
 class Library(host.Library):
     """Compiles CuPy's own kernels too, with its headers but for those that g++ does not take."""
 
-    STUBS: ClassVar = {
-        "complex.cuh": "#include <cassert>\n#define __popcll __builtin_popcountll\n"
-        "#define __shared__ static\ntemplate <typename T> struct complex {};\n",
-        "atomics.cuh": "",
-    }
+    STUBS: ClassVar = {"complex.cuh": "#include <cupy_host.hpp>\n", "atomics.cuh": ""}
 
     def entry(self, source: str, flags: compile.Flags, name: str) -> Any:
         if source.startswith("#include <cupy/"):
@@ -358,7 +362,11 @@ def _replace(module: Any, name: str, function: Callable[..., Any], kept: list[An
     ]
 
     def called(*values: Any) -> Any:
-        return function(*(values[i] for i in own))
+        try:
+            return function(*(values[i] for i in own))
+        except BaseException:  # C code called, to which an exception cannot be handed on
+            traceback.print_exc()
+            os._exit(70)
 
     pointer = ctypes.PYFUNCTYPE(result, *arguments)(called)
     kept.append(pointer)
@@ -378,18 +386,17 @@ def _compiled(source: str, options: tuple[str, ...] = (), **more: Any) -> Any:
 
 def install(library: Any) -> FakeGPU:
     """Give this process a GPU; CuPy may not have been imported before."""
+    global GPU
     if "cupy" in sys.modules:
         raise RuntimeError("fake_gpu: expected a process without CuPy, got one that has imported it")
     from cupy_backends.cuda.api import driver, runtime
 
-    gpu = FakeGPU(library)
-    gpu.attributes = runtime.PointerAttributes
-    gpu.kept = []  # type: ignore[attr-defined]
+    GPU = gpu = FakeGPU(library, runtime.PointerAttributes)
     for module in (runtime, driver):
         for name in module.__pyx_capi__:
             function = getattr(gpu, name, None)
             if callable(function):
-                _replace(module, name, function, gpu.kept)  # type: ignore[attr-defined]
+                _replace(module, name, function, gpu.kept)
     import cupy
     from cupy.cuda import compiler
 
