@@ -129,7 +129,7 @@ def profile(
     for option, values in (("layer", names), ("op", ops), ("direction", directions), ("backend", backends),
                            ("dtype", dtypes), ("threads", threads), ("offsets", offsets)):  # fmt: skip
         for value in values:
-            if values.count(value) > 1:  # type: ignore[arg-type]
+            if values.count(value) > 1:
                 console.fail(f"--{option}: {value} is named twice")
     if offsets and not any(profiling.has_offsets(OPS[layer["op"]]) for layer in chosen.values()):
         console.fail("--offsets: none of the operators has offsets")
