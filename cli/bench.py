@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +151,6 @@ def profile(
     versions: dict[str, str] = {}
     interrupted = False
     failure = ""
-    settings = profiling.Settings()
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     warned: set[str] = set()
 
@@ -160,17 +159,18 @@ def profile(
             warned.add(message)
             console.warn(message)
 
-    try:
+    settings = profiling.Settings(
+        directions or inputs.DIRECTIONS, dtypes or ("float32",), backends, offsets or ("smooth", "random"),
+        None, seed, budget, reuse,
+    )  # fmt: skip
+
+    def measured() -> Iterator[dict[str, Any]]:
         for count in threads or (None,):
-            settings = profiling.Settings(
-                directions or inputs.DIRECTIONS, dtypes or ("float32",), backends, offsets or ("smooth", "random"),
-                count, seed, budget, reuse,
-            )  # fmt: skip
             with console.progress("profile") as report, _running(peers, count, versions) as running:
-                for row in profiling.profile(chosen, settings, running, report, warn):
-                    rows.append(row)
-    except KeyboardInterrupt:
-        interrupted = True
+                yield from profiling.profile(chosen, replace(settings, threads=count), running, report, warn)
+
+    try:
+        interrupted = console.until_interrupted(measured(), rows)
     except spot_checks.Mismatch as error:
         failure = f"wrong result, not timed: {error}"
     except MemoryError as error:
@@ -420,10 +420,10 @@ def env_command(as_json: bool, wide: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print only JSON.")
 @console.WIDE
 def compare(old: str, new: str, fail_above: float | None, as_json: bool, wide: bool) -> None:
-    """Compare two records row by row: faster, slower, same or unsure, from the samples' spread.
+    """Compare two records row by row: faster, slower, same or unsure, from how the samples vary.
 
     The interval is a 95 % bootstrap interval of the ratio of medians; "same" lies within 3 % of 1, and fewer than five
-    samples are "unsure". What the machine did besides in all of one run is not in the samples' spread. With
+    samples are "unsure". What the machine did besides in all of one run does not show in the samples. With
     --fail-above a row fails where it is slower and its ratio is above RATIO.
 
     \b

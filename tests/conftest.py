@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner, Result
 
 import dcn_kernels
 from dcn_kernels.check.calls import BACKENDS, relative_error, to_backend, to_numpy, tolerance
@@ -86,6 +87,21 @@ def cast(sample: Sample, op: Op, dtype: str, coordinates: str | None = None) -> 
         name: array.astype(DTYPES[(coordinates or dtype) if name in op.coordinates else dtype])
         for name, array in sample.arrays.items()
     }
+
+
+def invoked(main: Any, *arguments: str) -> Result:
+    """A command in this process; a traceback fails the test."""
+    result = CliRunner().invoke(main, list(arguments))
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def one_line(result: Result, code: int) -> str:
+    """A usage error: this exit code, one line on stderr, nothing on stdout."""
+    assert result.exit_code == code, result.output
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1 and result.stdout == "", result.output
+    return lines[0]
 
 
 def cases() -> list[Any]:

@@ -5,6 +5,7 @@ It is registered in processes of their own, and everything that reads the rows m
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import shutil
@@ -16,8 +17,22 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from dcn_kernels.dispatch.row import Op
+
 REGISTER = "from dcn_kernels import OPS\nfrom own_operator import row\n\nOPS[row.name] = row\n"
 NAME = "offset_sample1d"
+
+
+def test_contributing_walks_through_all_of_its_files() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    files = [path for path in (ROOT / "examples" / "own_operator").rglob("*.py") if path.read_text()]
+    assert len(files) == 3
+    for path in files:
+        assert f"`{path.relative_to(ROOT)}`" in text
+    assert REGISTER.splitlines()[-1] in text
+    for field in dataclasses.fields(Op):
+        without = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        assert not without or field.name in ("name", "module") or f"`{field.name}`" in text, field.name
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ def spread(effective_dilation: float, dilation: float = 2.0) -> float:
     >>> round(spread(5.8), 2)  # res5c, medium objects
     3.11
     """
-    levels = (np.arange(400) + 0.5) / 400  # a radius and an angle at evenly spread quantiles
+    levels = (np.arange(400) + 0.5) / 400  # a radius and an angle at the quantiles of equal steps
     radius = np.sqrt(-2 * np.log1p(-levels))[:, None]
     angle = 2 * np.pi * levels
     low, high = 0.0, effective_dilation
