@@ -271,7 +271,7 @@ def _call(
     text = json.dumps(what, default=lambda value: value.item())  # a NumPy number
     function = jax.ffi.ffi_call(TARGET, results, vmap_method="sequential")
     axes = frozenset().union(*map(_varying, arrays.values()))
-    return [_vary(result, axes) for result in function(*arrays.values(), call=text)]  # XLA's do not say it themselves
+    return [_vary(result, axes) for result in function(*arrays.values(), call=text)]  # ffi_call's results lack the mark
 
 
 @lru_cache(maxsize=1024)
@@ -290,7 +290,7 @@ def _differentiable(op: Op, names: tuple[str, ...], params_text: str) -> Callabl
 
     def forward(*primals: Any) -> Any:
         values = [primal.value for primal in primals]
-        # Which gradients are needed is known here: kept as the keys of a dict, which are no arrays.
+        # Only here is it known which gradients are needed. Names cannot be residuals, but can be the keys of one.
         needed = {name: () for name, p in zip(names, primals, strict=True) if p.perturbed and name in op.differentiable}
         return function(*values), (values, needed)
 
@@ -375,7 +375,7 @@ def disabled_checks() -> list[Any]:
     >>> float(exported.call(image, offset).sum())
     9.0
     """
-    from jax import export  # a module of its own, which jax does not load by itself
+    from jax import export  # not loaded by `import jax`
 
     return [export.DisabledSafetyCheck.custom_call(TARGET)]
 

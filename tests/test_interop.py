@@ -16,6 +16,7 @@ from scipy import ndimage
 
 import dcn_kernels
 from dcn_kernels.dispatch.arrays import taken_in
+from dcn_kernels.dispatch.call import public
 from dcn_kernels.dispatch.row import Op, Sample
 from dcn_kernels.dtypes import DTYPES
 
@@ -47,11 +48,11 @@ def back(array: Any) -> np.ndarray:
 
 
 def forward(op: Op, arrays: dict[str, Any], params: dict[str, Any], **more: Any) -> Any:
-    return getattr(dcn_kernels, op.name)(**arrays, **params, **more)
+    return public(op)(**arrays, **params, **more)
 
 
 def backward(op: Op, grad_output: Any, arrays: dict[str, Any], params: dict[str, Any], **more: Any) -> Any:
-    return getattr(dcn_kernels, f"{op.name}_backward")(grad_output, **arrays, **params, **more)
+    return public(op, "backward")(grad_output, **arrays, **params, **more)
 
 
 @pytest.fixture(autouse=True)

@@ -15,12 +15,12 @@ from dcn_kernels.dispatch.row import Op, Params, Sizes
 
 
 def module_of(op: Op, backend: str) -> str:
-    """Where a backend's functions of an operator are: its name is the folder's."""
+    """The module with a backend's functions of an operator: the backend's name is that of its folder."""
     return f"{op.package}.{backend}.{op.module}"
 
 
 def function(op: Op, direction: str, backend: str) -> Callable[..., Any]:
-    """The function of one cell of the table: looked up at each call, so a replaced one is the one that runs."""
+    """A backend's function of an operator. Looked up at each call, so that one that a test has replaced is run."""
     name = op.name if direction == "forward" else f"{op.name}_backward"
     return getattr(import_module(module_of(op, backend)), name)
 
@@ -37,7 +37,7 @@ def parameters_for(op: Op, direction: str, backend: str, params: Params) -> Para
 
 
 def check_values(op: Op, backend: str, arrays: dict[str, Any], sizes: Sizes, params: Params) -> None:
-    """The row's checks of values; on a GPU only where they were asked for, as reading an array back would wait."""
+    """The row's checks of values. On a GPU only where asked for: reading an array back waits for the GPU."""
     if op.check_values is not None and (backend != "cuda" or params.get("validate")):
         op.check_values(op.name, arrays, sizes)
 

@@ -19,8 +19,8 @@ import numpy as np
 from dcn_kernels.dispatch.row import Op, Params, Sizes
 from dcn_kernels.dtypes import DTYPES, HALVES
 
-LARGEST_NUMBER = 3.4028234663852886e38  # that float32 holds, in which parameters may be used
-MOST_SAMPLES = 4096  # of a bin along an axis: a call must end, and no mean of a bin needs more
+LARGEST_NUMBER = 3.4028234663852886e38  # of float32, the type in which kernels may use a parameter
+MOST_SAMPLES = 4096  # of a bin along an axis: far more than a mean needs, and a call with more might never end
 LARGEST_STEP = 2**31 - 1  # of a stride, padding or dilation: products with a size then fit 64 bits
 
 
@@ -194,7 +194,7 @@ def _describe(named: str, sizes: Sizes) -> str:
 
 
 def shape_error(op: str, name: str, named: str, sizes: Sizes, got: tuple[int, ...], why: str = "") -> ValueError:
-    """The one wording of a wrong shape."""
+    """The error for a wrong shape, in the same words everywhere."""
     tail = f": {why}" if why else ""
     return ValueError(f"{op}: {name}: expected shape {_describe(named, sizes)}, got {tuple(got)}{tail}")
 
@@ -207,7 +207,7 @@ def _bind_dimension(op: Op, expression: str, got: int, sizes: Sizes) -> str | No
         return None if _known(expression, sizes) == got else ""
     letter = unknown[0]
     product = prod(int(f) if f.isdigit() else sizes[f] for f in factors if f != letter)
-    if letter == divisor:  # C/groups: the divisor is what the array tells
+    if letter == divisor:  # C/groups: C is known, so the array tells groups
         if got < 1 or product % got:
             return f"{got} does not divide {'*'.join(factors)} = {product}"
         sizes[letter] = product // got
@@ -234,7 +234,7 @@ def bind(op: Op, arrays: dict[str, Any], params: Params) -> Sizes:
 
 
 def bind_symbols(op: Op, arrays: dict[str, Any], params: Params) -> Sizes:
-    """`bind` for sizes that may be a tracer's symbols: these have no hash, so nothing is kept for the next call."""
+    """`bind` without its cache, for sizes that may be the symbols of a tracer: these cannot be hashed."""
     shape_of = tuple((name, tuple(array.shape)) for name, array in arrays.items())
     return _bind.__wrapped__(op, shape_of, tuple(params.items()))
 
@@ -243,7 +243,7 @@ def bind_symbols(op: Op, arrays: dict[str, Any], params: Params) -> Sizes:
 def _bind(op: Op, shapes: tuple[tuple[str, tuple[int, ...]], ...], params_items: tuple[tuple[str, Any], ...]) -> Sizes:
     shape_of, params = dict(shapes), dict(params_items)
     sizes: Sizes = {}
-    _derive(op, sizes, params)  # those of the parameters alone
+    _derive(op, sizes, params)  # the sizes that follow from parameters alone
     for name, named in {**op.arrays, "grad_output": op.output, **op.saved}.items():
         if name not in shape_of:
             continue
@@ -268,7 +268,7 @@ def _derive(op: Op, sizes: Sizes, params: Params) -> None:
     """Compute the sizes that follow from those known so far."""
     for letter, derive in op.derived.items():
         if letter not in sizes:
-            with contextlib.suppress(KeyError):  # of a size that a later array tells
+            with contextlib.suppress(KeyError):  # needs a size that only a later array tells
                 sizes[letter] = derive(sizes, params)
 
 
@@ -299,7 +299,7 @@ def check_argmax(op: str, argmax: Any, pixels: int) -> None:
 
 
 def argmax_error(op: str, pixels: int, got: int) -> ValueError:
-    """The wording of an argmax that is no pixel's."""
+    """The error for an argmax that is not the index of a pixel."""
     return ValueError(f"{op}: argmax: expected indices among -1..H*W-1, H*W = {pixels}, got {got}")
 
 

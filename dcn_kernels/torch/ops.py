@@ -78,7 +78,7 @@ class Arguments:
         flags = dict(zip(self.arrays, needed, strict=False))
         return [flags[name] for name in self.op.differentiable]
 
-    def spread(self, grads: Sequence[Any], wanted: Sequence[bool]) -> list[Any]:
+    def for_each_array(self, grads: Sequence[Any], wanted: Sequence[bool]) -> list[Any]:
         """The wanted gradients as one for each array, None for the others."""
         names = [name for name, flag in zip(self.op.differentiable, wanted, strict=True) if flag]
         found = dict(zip(names, grads, strict=True))
@@ -163,7 +163,7 @@ def _register(arguments: Arguments) -> Any:
     def gradients(ctx: Any, grad_output: torch.Tensor) -> tuple[Any, ...]:
         wanted = arguments.wanted(ctx.needs_input_grad)
         grads = backward_op(grad_output, *ctx.saved_tensors, *ctx.params, wanted)
-        return (*arguments.spread(grads, wanted), *(None for _ in arguments.params))
+        return (*arguments.for_each_array(grads, wanted), *(None for _ in arguments.params))
 
     forward_op.register_autograd(gradients, setup_context=setup)
     forward_op.register_vmap(_one_by_one(forward_op))
@@ -209,18 +209,18 @@ def _autograd_function(arguments: Arguments) -> Callable[..., torch.Tensor]:
         @staticmethod
         def backward(ctx: Any, grad_output: torch.Tensor) -> Any:  # type: ignore[override]
             wanted = arguments.wanted(ctx.needs_input_grad[1:])
-            # a call of its own in autograd only where it could be differentiated or transformed again
+            # recorded in autograd only where this gradient may itself be differentiated or transformed
             recorded = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
             run = Gradient.apply if recorded else Gradient.forward
-            return (None, *arguments.spread(run(ctx.params, wanted, grad_output, *ctx.saved_tensors), wanted))
+            return (None, *arguments.for_each_array(run(ctx.params, wanted, grad_output, *ctx.saved_tensors), wanted))
 
         @staticmethod
         def vmap(*args: Any) -> Any:
             return _one_by_one(Forward.apply)(*args)
 
-    Forward.__name__ = Forward.__qualname__ = op.name  # a result's grad_fn shows it
-    # Function.apply binds its arguments by inspect.signature, which takes longer than all else here; the method below
-    # it does the work where no transform of torch.func is active.
+    Forward.__name__ = Forward.__qualname__ = op.name  # shown as a result's grad_fn
+    # Function.apply binds its arguments by inspect.signature, which takes longer than all else here. Where no transform
+    # of torch.func is active, the method that it then calls can be called directly.
     direct = super(torch.autograd.Function, Forward).apply
 
     def apply(arrays: dict[str, Any], params: Params) -> torch.Tensor:
@@ -268,7 +268,7 @@ def _autocast(op: Op, arrays: dict[str, torch.Tensor | None]) -> None:
 
 
 def _watched(arrays: dict[str, Any]) -> bool:
-    """Something wants to see torch's operators called, or a tensor is of another class or device than torch's usual."""
+    """A mode, profiler or tracer must see a torch operator called, or a tensor is a subclass or elsewhere."""
     for array in arrays.values():
         if array is not None and (type(array) not in PLAIN or not (array.is_cpu or array.is_cuda)):
             return True
@@ -281,7 +281,7 @@ def _watched(arrays: dict[str, Any]) -> bool:
 
 
 def _refuse_tangents(op: Op, arrays: dict[str, Any]) -> None:
-    """torch would drop them without a word."""
+    """Refuse tensors of forward-mode differentiation: torch would ignore the tangent silently."""
     for name, array in arrays.items():
         if isinstance(array, torch.Tensor) and forward_ad.unpack_dual(array).tangent is not None:
             raise RuntimeError(f"{op.name}: {name}: expected a tensor without a tangent, as there is no forward mode")
@@ -375,14 +375,14 @@ def function_of(op: Op) -> Callable[..., torch.Tensor]:
                 )
         _autocast(op, arrays)
         if not compiling:
-            op.parameters(params)  # our own words for a wrong one, before the schema's
+            op.parameters(params)  # raises our own error for a wrong one; the schema's says less
         for name in arguments.pairs:
             value = params[name]
             params[name] = list(value) if isinstance(value, (tuple, list)) else [int(value)] * 2
         return operator(*arrays.values(), *params.values())
 
     bare = _with_signature(arguments, route)
-    bare.__name__ = bare.__qualname__ = op.name  # what Python's own errors call it
+    bare.__name__ = bare.__qualname__ = op.name  # the name in Python's own errors
     function = _ported(op, bare, list(arguments.signature.parameters))
     function.__name__ = function.__qualname__ = op.name
     function.__module__ = "dcn_kernels.torch"
