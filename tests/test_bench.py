@@ -301,10 +301,10 @@ def test_a_layer_larger_than_memory_is_one_line_and_1(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("name", layers.LAYERS)
 def test_the_memory_of_a_layer_is_that_of_its_arrays(name: str) -> None:
-    small = layers.cut(layers.LAYERS[name], channels=False)
+    small = layers.cut(layers.LAYERS[name])
     inputs = make_inputs(small, "random", "float32", 0)
     kept = sum(a.size for a in inputs.sample.arrays.values()) + inputs.grad_output.size
-    assert layers.memory(small, 4) == pytest.approx(16 * kept, rel=0.01)  # bias is not counted
+    assert layers.memory(small, 4) == 16 * kept
 
 
 @pytest.mark.parametrize("sizes", ["N=1000000000,C=64,H=56,W=56,O=64", "1x64x56x56:64:1x65536,padding=40000",
@@ -320,12 +320,16 @@ def test_sizes_that_memory_does_not_hold_are_refused_before_anything_is_allocate
     assert "layer mine: timing it takes" in one_line(run("profile", "--shapes", "layers.toml", "--no-save"), 2)
 
 
-def test_sizes_that_just_fit_are_tried_on_few_channels() -> None:
-    """Whether sizes agree is found out without the layer's arrays."""
+def test_a_small_check_has_a_slab_of_channels_and_the_layer_s_remainder_in_every_group() -> None:
     layer = layers.parse("deform_conv2d", "1x1920000x64x64:3000000:1x1,groups=96,offset_groups=64,padding=0")
-    small = layers.cut(layer, channels=False)
-    assert small["C"] == 960 and small["O"] == 960
-    assert layers.cut(layers.LAYERS["rfcn-psroi"], channels=False)["C"] % 49 == 0
+    small = layers.cut(layer)
+    assert small["C"] == 16 * 192 and small["O"] == (16 + 3_000_000 // 96 % 16) * 96
+    assert layers.cut(layers.LAYERS["A"])["C"] == 16
+    assert layers.cut(layers.LAYERS["rfcn-psroi"])["C"] == (16 + 21 % 16) * 49
+    classes = layers.parse("deform_ps_roi_pool", "1x2058x38x63,classes=21")
+    assert (
+        layers.cut(classes)["C"] == 2 * 21 * 49 and spot_checks.check_small(classes, "random", "float32", "cpu", 0) <= 1
+    )
 
 
 def test_shapes_are_named_by_their_sizes_and_may_be_short(tmp_path: Path) -> None:
@@ -337,8 +341,9 @@ def test_shapes_are_named_by_their_sizes_and_may_be_short(tmp_path: Path) -> Non
     assert rows[0]["shape"] == "N=2,C=8,H=9,W=10,O=8,kernel=3x3,padding=2x2"
     for layer in layers.LAYERS.values():
         again = layers.parse(layer["op"], layers.named(layer))
-        assert {k: again[k] for k in layers.DEFAULTS} == {k: layer[k] for k in layers.DEFAULTS}
-        assert [again[k] for k in "CHW"] == [layer[k] for k in "CHW"] and again.get("O") == layer.get("O")
+        assert {k: again[k] for k in OPS[layer["op"]].layer_sizes} == {
+            k: layer[k] for k in OPS[layer["op"]].layer_sizes
+        }
     (tmp_path / "layers.toml").write_text('[layers.mine]\nsizes = "2x8x9x10:8:3x3"\npadding = 2\n')
     assert layers.named(layers.read_toml("layers.toml")["mine"]) == "2x8x9x10:8:3x3,padding=2x2"
 

@@ -70,11 +70,11 @@ def test_an_inner_function_has_no_machine_code_of_its_own() -> None:
     """It is optimised and assembled inside the kernels that call it, once; called from Python it would crash."""
 
     @jit.inner
-    def twice(x):  # type: ignore[no-untyped-def]
+    def twice(x):
         return 2 * x
 
     @jit.kernel
-    def worker(x):  # type: ignore[no-untyped-def]
+    def worker(x):
         return twice(x) + 1
 
     assert worker(20) == 41
@@ -100,12 +100,12 @@ def work(x):
 
 
 @pytest.fixture
-def load(tmp_path: Path, monkeypatch):  # type: ignore[no-untyped-def]
+def load(tmp_path: Path, monkeypatch):
     """Import a module anew, as a new process would, with its cache beside it."""
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     path = tmp_path / "mill.py"
 
-    def load(text: str = MODULE):  # type: ignore[no-untyped-def]
+    def load(text: str = MODULE):
         path.write_text(text)
         spec = importlib.util.spec_from_file_location("mill", path)
         assert spec is not None
@@ -147,7 +147,7 @@ def damage_folder_in_its_place(path: Path) -> None:
 @pytest.mark.parametrize(
     "damage", [damage_truncate, damage_empty, damage_random, damage_one_bit, damage_folder_in_its_place]
 )
-def test_a_damaged_file_is_compiled_again(damage, load, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_a_damaged_file_is_compiled_again(damage, load, tmp_path: Path) -> None:
     assert load().work(20) == 41
     (path,) = kept(tmp_path)
     damage(path)
@@ -157,8 +157,8 @@ def test_a_damaged_file_is_compiled_again(damage, load, tmp_path: Path) -> None:
     assert len(again.work.stats.cache_hits) == (0 if path.is_dir() else 1)
 
 
-def test_a_kernel_that_cannot_be_kept_works(load, tmp_path: Path, monkeypatch, caplog) -> None:  # type: ignore[no-untyped-def]
-    def full(self, path):  # type: ignore[no-untyped-def]
+def test_a_kernel_that_cannot_be_kept_works(load, tmp_path: Path, monkeypatch, caplog) -> None:
+    def full(self, path):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(jit._Files, "_open_for_write", full)
@@ -167,7 +167,7 @@ def test_a_kernel_that_cannot_be_kept_works(load, tmp_path: Path, monkeypatch, c
     assert not kept(tmp_path)
 
 
-def test_what_is_kept_is_named_by_the_code_that_was_compiled(load, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_what_is_kept_is_named_by_the_code_that_was_compiled(load, tmp_path: Path) -> None:
     """The file may say something else by the time that what was loaded of it is compiled."""
     edited = load(MODULE.replace("FACTOR = 2", "FACTOR = 3"))
     (tmp_path / "mill.py").write_text(MODULE)  # restored before anything is compiled

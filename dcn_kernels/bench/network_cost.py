@@ -148,8 +148,8 @@ def _deformed(map_size: tuple[int, int], offset_groups: int) -> list[Layer]:
 
 
 def _pool(name: str, part: str, op: str, C: int, map_size: tuple[int, int], classes: int = 1) -> Layer:
-    H, W = map_size
-    call = layers.layer(op, N=1, C=C, H=H, W=W, R=REGIONS, classes=classes)
+    (H, W), more = map_size, {"classes": classes} if classes > 1 else {}
+    call = layers.layer(op, N=1, C=C, H=H, W=W, R=REGIONS, **more)
     return Layer(name, part, call=call)
 
 

@@ -20,7 +20,6 @@ from dcn_kernels.bench.peers import Peer, PeerError
 from dcn_kernels.bench.spot_checks import check_small, check_spots
 from dcn_kernels.check import calls
 from dcn_kernels.check import gradients as gradcheck
-from dcn_kernels.dispatch.row import Op
 from dcn_kernels.dtypes import DTYPES, accumulator
 from dcn_kernels.ops.registry import OPS
 
@@ -80,7 +79,7 @@ def profile(
     table = [
         (name, layer, offsets, dtype, backend, direction)
         for name, layer in chosen.items()
-        for offsets in (settings.offsets if has_offsets(OPS[layer["op"]]) else ("none",))
+        for offsets in (settings.offsets if OPS[layer["op"]].has_offsets else ("none",))
         for dtype in settings.dtypes
         for backend in settings.backends
         for direction in settings.directions
@@ -121,11 +120,6 @@ def profile(
             yield row
         if progress and table:
             progress("", len(table), len(table))
-
-
-def has_offsets(op: Op) -> bool:
-    """Some differentiable argument is a coordinate that may stay in float32: how it wanders matters."""
-    return any(name in op.coordinates for name in op.differentiable)
 
 
 def _row(

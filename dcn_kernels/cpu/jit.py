@@ -250,10 +250,10 @@ def spliced(function: Callable[..., Any]) -> Any:
 
 
 @intrinsic
-def stay_apart(typingctx):  # type: ignore[no-untyped-def]
+def stay_apart(typingctx):
     """Keep the function that says this from being inlined: its callers then compile several times faster."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         builder.function.attributes.add("noinline")
         return context.get_dummy_value()
 

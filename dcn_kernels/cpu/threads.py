@@ -40,10 +40,10 @@ _log = logging.getLogger("dcn_kernels")
 
 
 @intrinsic
-def _atomic_add(typingctx, array, index, value):  # type: ignore[no-untyped-def]
+def _atomic_add(typingctx, array, index, value):
     """array[index] += value; returns what it was."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         struct = context.make_array(signature.args[0])(context, builder, args[0])
         return builder.atomic_rmw("add", builder.gep(struct.data, [args[1]]), args[2], "seq_cst")
 
@@ -51,10 +51,10 @@ def _atomic_add(typingctx, array, index, value):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def _atomic_load(typingctx, array, index):  # type: ignore[no-untyped-def]
+def _atomic_load(typingctx, array, index):
     """array[index], read afresh."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         struct = context.make_array(signature.args[0])(context, builder, args[0])
         return builder.load_atomic(builder.gep(struct.data, [args[1]]), "seq_cst", 8)
 
@@ -62,10 +62,10 @@ def _atomic_load(typingctx, array, index):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def _give_way(typingctx):  # type: ignore[no-untyped-def]
+def _give_way(typingctx):
     """Let another thread have this core."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         kind = ir.FunctionType(ir.IntType(32), [])
         builder.call(_declare(builder.module, kind, "sched_yield"), [])
         return context.get_dummy_value()
@@ -78,16 +78,16 @@ def _declare(module: ir.Module, kind: ir.FunctionType, name: str) -> ir.Function
 
 
 @spliced
-def claim(sync):  # type: ignore[no-untyped-def]
+def claim(sync):
     """The number of the next piece of work of this phase, from 0; the caller stops when there are no more."""
     return _atomic_add(sync, _CLAIMED, 1)
 
 
 @intrinsic
-def _replace(typingctx, array, index, old, new):  # type: ignore[no-untyped-def]
+def _replace(typingctx, array, index, old, new):
     """Make array[index] `new` if it is `old`; returns whether it was."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         struct = context.make_array(signature.args[0])(context, builder, args[0])
         place = builder.gep(struct.data, [args[1]])
         return builder.extract_value(builder.cmpxchg(place, args[2], args[3], "seq_cst", "seq_cst"), 1)
@@ -96,7 +96,7 @@ def _replace(typingctx, array, index, old, new):  # type: ignore[no-untyped-def]
 
 
 @inner
-def join(thread, sync):  # type: ignore[no-untyped-def]
+def join(thread, sync):
     """Become one of the team, if it still takes threads; a worker that may not must return at once.
 
     The caller's own thread, 0, may find the work done without it: then it waits here until the others have left.
@@ -112,7 +112,7 @@ def join(thread, sync):  # type: ignore[no-untyped-def]
 
 
 @inner
-def leave(thread, sync):  # type: ignore[no-untyped-def]
+def leave(thread, sync):
     """The worker's last word. The caller's thread takes no more into the team and stays until all have left."""
     _atomic_add(sync, _TEAM, _LEFT)
     if thread == 0:
@@ -123,7 +123,7 @@ def leave(thread, sync):  # type: ignore[no-untyped-def]
 
 
 @inner
-def _all_left(sync):  # type: ignore[no-untyped-def]
+def _all_left(sync):
     spins, team = 0, _atomic_load(sync, _TEAM)
     while team & _FIELD != (team // _LEFT) & _FIELD:
         spins += 1
@@ -133,7 +133,7 @@ def _all_left(sync):  # type: ignore[no-untyped-def]
 
 
 @inner
-def barrier(sync):  # type: ignore[no-untyped-def]
+def barrier(sync):
     """Wait until all of the team are here; claims start at 0 again. Nobody joins after the first barrier."""
     generation = _atomic_load(sync, _GENERATION)
     while True:

@@ -8,6 +8,7 @@ from typing import Any
 
 Sizes = dict[str, int]
 Params = dict[str, Any]
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,9 @@ class Op:
     derived: dict[str, Callable[[Sizes, Params], int]]  # sizes that follow from other sizes and the parameters
     divides: tuple[tuple[str, str], ...]  # (divisor, size) pairs that must divide exactly
     samples: Callable[[int], list[Sample]]  # seed -> small float64 cases over all options, off the kinks
-    layer_sample: Callable[..., Sample]  # (sizes, *, offsets, seed) -> inputs of a named layer's shape
+    layer_sizes: dict[str, Any]  # size of a benchmark's layer -> its usual value; None: every layer tells it
+    layer_call: Callable[[dict[str, Any]], tuple[dict[str, Shape], Params]]  # layer -> arrays' shapes, and parameters
+    layer_sample: Callable[..., Sample]  # (layer, *, offsets, spread, seed) -> arrays of these shapes
     flops: Callable[[Sizes, str], float]  # (sizes, direction) -> floating-point operations
     bytes: Callable[[Sizes, str, int], float]  # (sizes, direction, itemsize) -> compulsory traffic
     scatters: bool = True  # the backward adds into shared elements, so `deterministic` matters
@@ -45,6 +48,8 @@ class Op:
     gpu: dict[str, tuple[str, ...]] = field(default_factory=dict)  # what only a GPU takes -> directions that take it
     check_values: Callable[[str, dict[str, Any], Sizes], None] | None = None  # on a GPU with validate=True alone
 
+    layer_params: Params = field(default_factory=dict)  # what a layer's call takes besides arrays and sizes
+    layer_spread: float | None = None  # of a layer's offsets, in their unit; None: in pixels, as trained filters have
     package: str = "dcn_kernels"  # holds the public functions, and a folder `<backend>/` with `module` for each backend
     axes: tuple[str, ...] = ("H", "W")  # the sizes that its coordinates run along
     product: Callable[[Sizes], tuple[int, int, int, int]] | None = None  # (how many, m, k, n) of the plain operator's
@@ -54,6 +59,11 @@ class Op:
 
     def __repr__(self) -> str:
         return f"Op({self.name!r})"
+
+    @property
+    def has_offsets(self) -> bool:
+        """Some differentiable argument is a coordinate that may stay in float32: how it wanders matters."""
+        return any(name in self.coordinates for name in self.differentiable)
 
     @property
     def plain_only(self) -> tuple[str, ...]:
