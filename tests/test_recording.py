@@ -127,7 +127,8 @@ def test_what_was_seen_is_written_after_an_exception(torch: Any, tmp_path: Path)
 # torchvision's own definitions; it does not import beside a CPU build of torch, so its operators are stand-ins here.
 SCHEMAS = {
     "deform_conv2d": "Tensor input, Tensor weight, Tensor offset, Tensor mask, Tensor bias, "
-    "int stride_h, int stride_w, int pad_h, int pad_w, int dilation_h, int dilation_w, int groups, int offset_groups, bool use_mask",
+    "int stride_h, int stride_w, int pad_h, int pad_w, int dilation_h, int dilation_w, "
+    "int groups, int offset_groups, bool use_mask",
     "roi_align": "Tensor input, Tensor rois, float spatial_scale, int pooled_height, int pooled_width, "
     "int sampling_ratio, bool aligned",
     "roi_pool": "Tensor input, Tensor rois, float spatial_scale, int pooled_height, int pooled_width",
