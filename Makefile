@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TEST_ARGS ?= -m 'not slow'
-FRAMEWORKS ?= torch jax scikit-learn onnx
+FRAMEWORKS ?= torch jax scikit-learn onnx onnxscript onnxruntime
 
 .PHONY: help setup profile test test-frameworks lint clean
 

@@ -12,6 +12,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 from dcn_kernels.cli import console
+from dcn_kernels.cli.capture import capture
 from dcn_kernels.cli.cost import cost
 from dcn_kernels.cli.sampling import sampling
 
@@ -542,5 +543,6 @@ def readme(folder: str) -> None:
         console.write(str(beside), record.with_gpus(beside.read_text(encoding="utf-8"), records))
 
 
+main.add_command(capture)
 main.add_command(cost)
 main.add_command(sampling)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 import dcn_kernels
 from dcn_kernels.torch.ops import FUNCTIONS, function_of, rois_of
+from dcn_kernels.torch.recording import record_layers
 
 globals().update(FUNCTIONS)
 
@@ -44,6 +45,7 @@ __all__ = [
     "PSRoIPool",
     "RoIAlign",
     "RoIPool",
+    "record_layers",
     "replace_layers",
 ]
 

@@ -22,8 +22,8 @@ from dcn_kernels import dtypes
 from dcn_kernels.dispatch import shapes
 from dcn_kernels.dispatch.call import call, public
 from dcn_kernels.dispatch.row import Op, Params
+from dcn_kernels.torch import onnx
 
-NAMESPACE = "dcn_kernels"
 DTYPES = {
     torch.float16: dtypes.DTYPES["float16"],
     torch.bfloat16: dtypes.DTYPES["bfloat16"],
@@ -110,6 +110,12 @@ def _describe(op: Op, arrays: dict[str, torch.Tensor | None]) -> dict[str, Descr
     return known
 
 
+def _output_shape(op: Op, arrays: dict[str, torch.Tensor | None], params: Params) -> tuple[Any, ...]:
+    described = _describe(op, arrays)
+    shapes.check_dtypes(op, described)
+    return shapes.evaluate(op.output, shapes.bind_symbols(op, described, op.parameters(params)))
+
+
 def _gradients(op: Op, arrays: dict[str, Any], params: Params, wanted: Sequence[bool]) -> list[torch.Tensor]:
     """Those of the differentiable arguments that are wanted; `arrays` has grad_output too."""
     names = [name for name, flag in zip(op.differentiable, wanted, strict=True) if flag]
@@ -128,10 +134,7 @@ def _register(arguments: Arguments) -> Any:
 
     def forward_fake(*values: Any) -> torch.Tensor:
         arrays, params = arguments.split(values)
-        described = _describe(op, arrays)
-        shapes.check_dtypes(op, described)
-        sizes = shapes.bind_symbols(op, described, op.parameters(params))
-        return arrays[next(iter(op.arrays))].new_empty(shapes.evaluate(op.output, sizes))
+        return arrays[next(iter(op.arrays))].new_empty(_output_shape(op, arrays, params))
 
     def backward(grad_output: torch.Tensor, *values: Any) -> list[torch.Tensor]:
         arrays, params = arguments.split(values[:-1])
@@ -144,11 +147,11 @@ def _register(arguments: Arguments) -> Any:
         return [torch.empty_like(arrays[name], memory_format=torch.contiguous_format) for name in wanted]
 
     forward_op = torch.library.custom_op(
-        f"{NAMESPACE}::{op.name}", forward, mutates_args=(), schema=f"({schema}) -> Tensor"
+        f"{onnx.NAMESPACE}::{op.name}", forward, mutates_args=(), schema=f"({schema}) -> Tensor"
     )
     forward_op.register_fake(forward_fake)
     backward_op = torch.library.custom_op(
-        f"{NAMESPACE}::{op.name}_backward",
+        f"{onnx.NAMESPACE}::{op.name}_backward",
         backward,
         mutates_args=(),
         schema=f"(Tensor grad_output, {schema}, bool[] wanted) -> Tensor[]",
@@ -379,6 +382,8 @@ def function_of(op: Op) -> Callable[..., torch.Tensor]:
         for name in arguments.pairs:
             value = params[name]
             params[name] = list(value) if isinstance(value, (tuple, list)) else [int(value)] * 2
+        if onnx.exporting() and onnx.writes(op.name, params):
+            return onnx.write(op.name, arrays, params, _output_shape(op, arrays, params))
         return operator(*arrays.values(), *params.values())
 
     bare = _with_signature(arguments, route)
