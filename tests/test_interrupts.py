@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import inspect
+import os
 import random
 import signal
 import sys
 import threading
 import time
+from collections import deque
 
 import numpy as np
 import pytest
 from test_threads import layer, threads_even_for_small_work  # noqa: F401  the fixture works on all tests here
 
-from dcn_kernels import deform_conv2d
-from dcn_kernels.cpu import threads
+from dcn_kernels import deform_conv2d, offset_sample2d
+from dcn_kernels.cpu import deform_conv, jit, offset_sample, threads
+
+
+@pytest.fixture(autouse=True)
+def hangs_end():
+    """What hangs here hangs in machine code, where no signal ends it: end the process, and say where it was."""
+    faulthandler.dump_traceback_later(900, exit=True)
+    yield
+    faulthandler.cancel_dump_traceback_later()
 
 
 class Struck(Exception):
@@ -117,3 +128,116 @@ def test_exceptions_of_another_thread_do_not_hang_a_caller():
     np.testing.assert_array_equal(deform_conv2d(**case, padding=1), expected)
 
 
+# ---------------------------------------------------------------- while the worker is loaded or compiled
+
+
+def anew(module, monkeypatch, *, compiled):
+    """The module's forward worker as in a new process: to be loaded from the cache or, with its parts, compiled."""
+    py_func = module.forward_worker.py_func
+    if compiled:
+        for name, thing in list(vars(module).items()):
+            if isinstance(thing, jit._Inner):
+                monkeypatch.setattr(module, name, jit.inner(thing.py_func))
+    worker = jit.kernel(py_func)
+    if compiled:
+        worker._cache = jit._NoCache(py_func)
+    monkeypatch.setattr(module, "forward_worker", worker)
+
+
+def loading():
+    case = layer(C=16, O=16, OG=1, H=12, W=12)
+    return deform_conv, lambda: deform_conv2d(**case, padding=1)
+
+
+def compiling():
+    rng = np.random.default_rng(0)
+    image, offset = rng.standard_normal((1, 8, 20, 20)), rng.standard_normal((1, 2, 20, 20))
+    return offset_sample, lambda: offset_sample2d(image, offset)
+
+
+@pytest.mark.parametrize(
+    ("work", "most"),
+    [
+        (loading, 20),
+        pytest.param(loading, 200, marks=pytest.mark.slow),
+        pytest.param(compiling, 50, marks=pytest.mark.slow),
+    ],
+)
+def test_interrupts_while_a_worker_is_loaded_or_compiled(work, most, monkeypatch):
+    threads.set_num_threads(2)
+    module, run = work()
+    rng, struck, tries, compiled = random.Random(0), 0, 0, work is compiling
+    expected = run()
+    anew(module, monkeypatch, compiled=compiled)
+    start = time.perf_counter()
+    np.testing.assert_array_equal(run(), expected)
+    longest = time.perf_counter() - start
+
+    def handler(signum, frame):
+        raise Struck
+
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        while struck < most:
+            tries += 1
+            assert tries < 4 * most + 20, f"{struck} of {tries} tries were struck"
+            anew(module, monkeypatch, compiled=compiled)
+            try:
+                signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-4, longest))
+                np.testing.assert_array_equal(run(), expected)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except Struck:
+                struck += 1
+                if not compiled or struck % 5 == 0:
+                    np.testing.assert_array_equal(run(), expected)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("work", [loading, pytest.param(compiling, marks=pytest.mark.slow)])
+def test_a_recursion_error_at_any_depth_of_loading_and_compiling(work, monkeypatch):
+    """From the deepest on, until there is room for all of it: each depth of loading, a third of compiling."""
+    threads.set_num_threads(2)
+    module, run = work()
+    expected = run()
+
+    def at(depth):
+        return run() if depth == 0 else at(depth - 1)
+
+    monkeypatch.setattr(sys, "unraisablehook", deque(maxlen=0).append)  # pytest's own would fail at such depths
+    room, failed, done = sys.getrecursionlimit() - len(inspect.stack(0)), 0, 0
+    for depth in range(room, 0, -3 if work is compiling else -1):
+        anew(module, monkeypatch, compiled=work is compiling)
+        try:
+            np.testing.assert_array_equal(at(depth), expected)
+            done += 1
+        except RecursionError:
+            failed += 1
+            if work is loading or failed % 10 == 0:
+                np.testing.assert_array_equal(run(), expected)
+        if done == 3:
+            break
+    assert failed > 5
+    assert done == 3
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_process_forked_while_another_thread_compiles_works(monkeypatch):
+    module, run = compiling()
+    expected = run()
+    anew(module, monkeypatch, compiled=True)
+    other = threading.Thread(target=run)
+    other.start()
+    time.sleep(0.3)
+    child = os.fork()
+    if child == 0:
+        faulthandler.dump_traceback_later(300, exit=True)
+        code = 2
+        try:
+            code = 0 if np.array_equal(run(), expected) else 3
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    other.join()
