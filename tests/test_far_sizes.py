@@ -98,12 +98,13 @@ def strange(array: np.ndarray, stride: int) -> np.ndarray:
 # Axes of length 1 wherever a row lets them be: all that kernels walk or prefetch by is a stride of one of them.
 OF_LENGTH_1 = {
     "deform_conv2d": [
+        {"N": 1, "C": 1, "H": 3, "W": 3, "O": 1, "KH": 3, "KW": 3},
         {"N": 1, "C": 1, "H": 9, "W": 1, "O": 1, "KH": 1, "KW": 1},
         {"N": 1, "C": 1, "H": 1, "W": 9, "O": 1, "KH": 1, "KW": 1},
         {"N": 1, "C": 32, "H": 9, "W": 8, "O": 1, "KH": 1, "KW": 1},
     ],
     "offset_sample2d": [{"N": 1, "C": 1, "H": 9, "W": 1}, {"N": 1, "C": 1, "H": 1, "W": 9}],
-    "roi": [{"N": 1, "C": 1, "H": 1, "W": 9, "R": 1}, {"N": 1, "C": 16, "H": 9, "W": 1, "R": 5}],
+    "roi": [{"N": 1, "C": 1, "H": 1, "W": 9, "R": 5}, {"N": 1, "C": 16, "H": 9, "W": 1, "R": 5}],
 }
 
 
@@ -113,17 +114,20 @@ def drawn(op: Op, sizes: dict[str, int]) -> tuple[dict[str, np.ndarray], dict[st
     params = dict(op.samples(0)[0].params)
     small = {"output_size": 1, "group_size": 1, "part_size": 1, "stride": 1, "padding": 0, "dilation": 1}
     params |= {name: value for name, value in small.items() if name in params}
-    sizes = {**sizes, "OG": 1, "G": 1, "PH": 1, "PW": 1, "OH": sizes["H"], "OW": sizes["W"], "classes": 1}
+    sizes = {**sizes, "OG": 1, "G": 1, "PH": 1, "PW": 1, "classes": 1}
+    kernel = sizes.get("KH", 1), sizes.get("KW", 1)
+    sizes |= {"OH": sizes["H"] - kernel[0] + 1, "OW": sizes["W"] - kernel[1] + 1, "K": kernel[0] * kernel[1]}
+    sizes["2K"] = 2 * sizes["K"]
     shapes = {
         "input": ("N", "C", "H", "W"),
         "weight": ("O", "C", "KH", "KW"),
         "bias": ("O",),
         "rois": ("R", 5),
         "trans": ("R", 2, 1, 1),
-        "grad_output": ("R", "C", 1, 1) if "rois" in op.arrays else ("N", "O", "H", "W"),
+        "grad_output": ("R", "C", 1, 1) if "rois" in op.arrays else ("N", "O", "OH", "OW"),
     }
-    shapes["offset"] = ("R", 2, 1, 1) if "rois" in op.arrays else ("N", 2, "H", "W")
-    shapes["mask"] = ("R", 1, 1) if "rois" in op.arrays else ("N", 1, "H", "W")
+    shapes["offset"] = ("R", 2, 1, 1) if "rois" in op.arrays else ("N", "2K", "OH", "OW")
+    shapes["mask"] = ("R", 1, 1) if "rois" in op.arrays else ("N", "K", "OH", "OW")
     sizes.setdefault("O", sizes["C"])
     arrays = {}
     for name in ("grad_output", *op.arrays):
