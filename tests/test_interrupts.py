@@ -15,6 +15,7 @@ from collections import deque
 
 import numpy as np
 import pytest
+import test_threads
 from test_threads import layer, threads_even_for_small_work  # noqa: F401  the fixture works on all tests here
 
 from dcn_kernels import deform_conv2d, offset_sample2d
@@ -131,28 +132,37 @@ def test_exceptions_of_another_thread_do_not_hang_a_caller():
 # ---------------------------------------------------------------- while the worker is loaded or compiled
 
 
-def anew(module, monkeypatch, *, compiled):
-    """The module's forward worker as in a new process: to be loaded from the cache or, with its parts, compiled."""
-    py_func = module.forward_worker.py_func
+def anew(module, name, monkeypatch, *, compiled):
+    """A module's worker as in a new process: to be loaded from the cache or, with its parts, compiled."""
+    py_func = getattr(module, name).py_func
     if compiled:
-        for name, thing in list(vars(module).items()):
+        for part, thing in list(vars(module).items()):
             if isinstance(thing, jit._Inner):
-                monkeypatch.setattr(module, name, jit.inner(thing.py_func))
+                monkeypatch.setattr(module, part, jit.inner(thing.py_func))
     worker = jit.kernel(py_func)
     if compiled:
         worker._cache = jit._NoCache(py_func)
-    monkeypatch.setattr(module, "forward_worker", worker)
+    monkeypatch.setattr(module, name, worker)
 
 
 def loading():
     case = layer(C=16, O=16, OG=1, H=12, W=12)
-    return deform_conv, lambda: deform_conv2d(**case, padding=1)
+    return deform_conv, "forward_worker", lambda: deform_conv2d(**case, padding=1)
 
 
 def compiling():
     rng = np.random.default_rng(0)
     image, offset = rng.standard_normal((1, 8, 20, 20)), rng.standard_normal((1, 2, 20, 20))
-    return offset_sample, lambda: offset_sample2d(image, offset)
+    return offset_sample, "forward_worker", lambda: offset_sample2d(image, offset)
+
+
+def compiling_a_small_worker():
+    def run():
+        pieces = np.zeros((50, 10))
+        threads.run(test_threads.add_one, 2, pieces, 5, np.zeros(4, np.int64))
+        return pieces
+
+    return test_threads, "add_one", run
 
 
 @pytest.mark.parametrize(
@@ -160,15 +170,15 @@ def compiling():
     [
         (loading, 20),
         pytest.param(loading, 200, marks=pytest.mark.slow),
-        pytest.param(compiling, 50, marks=pytest.mark.slow),
+        pytest.param(compiling_a_small_worker, 50, marks=pytest.mark.slow),
     ],
 )
 def test_interrupts_while_a_worker_is_loaded_or_compiled(work, most, monkeypatch):
     threads.set_num_threads(2)
-    module, run = work()
-    rng, struck, tries, compiled = random.Random(0), 0, 0, work is compiling
+    module, name, run = work()
+    rng, struck, tries, compiled = random.Random(0), 0, 0, work is not loading
     expected = run()
-    anew(module, monkeypatch, compiled=compiled)
+    anew(module, name, monkeypatch, compiled=compiled)
     start = time.perf_counter()
     np.testing.assert_array_equal(run(), expected)
     longest = time.perf_counter() - start
@@ -181,7 +191,7 @@ def test_interrupts_while_a_worker_is_loaded_or_compiled(work, most, monkeypatch
         while struck < most:
             tries += 1
             assert tries < 4 * most + 20, f"{struck} of {tries} tries were struck"
-            anew(module, monkeypatch, compiled=compiled)
+            anew(module, name, monkeypatch, compiled=compiled)
             try:
                 signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-4, longest))
                 np.testing.assert_array_equal(run(), expected)
@@ -199,7 +209,7 @@ def test_interrupts_while_a_worker_is_loaded_or_compiled(work, most, monkeypatch
 def test_a_recursion_error_at_any_depth_of_loading_and_compiling(work, monkeypatch):
     """From the deepest on, until there is room for all of it: each depth of loading, a third of compiling."""
     threads.set_num_threads(2)
-    module, run = work()
+    module, name, run = work()
     expected = run()
 
     def at(depth):
@@ -208,7 +218,7 @@ def test_a_recursion_error_at_any_depth_of_loading_and_compiling(work, monkeypat
     monkeypatch.setattr(sys, "unraisablehook", deque(maxlen=0).append)  # pytest's own would fail at such depths
     room, failed, done = sys.getrecursionlimit() - len(inspect.stack(0)), 0, 0
     for depth in range(room, 0, -3 if work is compiling else -1):
-        anew(module, monkeypatch, compiled=work is compiling)
+        anew(module, name, monkeypatch, compiled=work is compiling)
         try:
             np.testing.assert_array_equal(at(depth), expected)
             done += 1
@@ -225,9 +235,9 @@ def test_a_recursion_error_at_any_depth_of_loading_and_compiling(work, monkeypat
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_process_forked_while_another_thread_compiles_works(monkeypatch):
-    module, run = compiling()
+    module, name, run = compiling()
     expected = run()
-    anew(module, monkeypatch, compiled=True)
+    anew(module, name, monkeypatch, compiled=True)
     other = threading.Thread(target=run)
     other.start()
     time.sleep(0.3)
