@@ -96,10 +96,6 @@ PLANTED = {
         "rois_are_right", "roi_align", "roi_mean", "const int first = cell < last ? int(cell) : last;",
         "const int first = int(cell);",
     ),
-    "a bin's lines": (
-        "rois_are_right", "roi_align", "roi_mean", "return line < length ? int(line) : length - 1;",
-        "return int(line);",
-    ),
     "a column of the field": (
         "fields_are_right", "edge", "offset_sample",
         "if (at.x >= width || (near && x > column.position)) at.x = width - 1, at.lx = 0;", "",
