@@ -34,6 +34,7 @@ from dcn_kernels.cpu.roi_lanes import (
 )
 from dcn_kernels.cpu.slabs import Array
 from dcn_kernels.cpu.threads import claim, get_num_threads, join, leave, run
+from dcn_kernels.dispatch.memory import check
 from dcn_kernels.dispatch.roi_rules import Rule
 from dcn_kernels.dtypes import accumulator
 
@@ -469,6 +470,8 @@ def plan(
         int(offset is not None), int(mask is not None), lanes, block, int(direct), chunks,
     )  # fmt: skip
     nothing = np.empty((1, 1, 1, 1), real)
+    shifts = sum(array.size for array in (offset, mask) if array is not None)
+    check(24 * (len(rois) + N) + (rois.size + shifts) * real.itemsize, "RoIs in order")
     return Plan(
         shape,
         np.array([spatial_scale, rule.factor], real),
@@ -548,6 +551,8 @@ def mean_backward(
     wanted = Wanted(int("input" in wrt), int(bool(coordinates)))
     b = buffers(p, (*(["staged"] if coordinates else []), *(["grad_staged"] if wanted.input else [])))
     real, ranges = p.constants.dtype, int(p.units[:, 3].max()) + 1
+    if coordinates:
+        check(ranges * (p.offset.nbytes + p.mask.nbytes), "partial gradients")
     parts = {
         name: np.zeros((ranges if coordinates else 0, *shape), real)
         for name, shape in (("offset", p.offset.shape), ("mask", p.mask.shape))

@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import Any
 
 from dcn_kernels.dispatch import arrays as _arrays
-from dcn_kernels.dispatch import shapes
+from dcn_kernels.dispatch import memory, shapes
 from dcn_kernels.dispatch.row import Op, Params, Sizes
 
 
@@ -82,11 +82,22 @@ def call(
     with _arrays.taken_in(op.name, given, out, backend) as taken:
         shapes.check_dtypes(op, taken.arrays)
         sizes = shapes.bind(op, taken.arrays, params)
-        check_values(op, taken.backend, taken.arrays, sizes, params)
-        target = shapes.check_out(op, taken.out, taken.arrays, sizes) if direction == "forward" else None
-        run = function(op, direction, taken.backend)
-        params = parameters_for(op, direction, taken.backend, params)
-        inputs = {name: taken.arrays.get(name) for name in arrays}
-        if direction == "forward":
-            return taken.give(run(**inputs, **params, out=target), out)
-        return taken.give(run(**inputs, **params, wrt=names)) if names else {}
+        host = taken.backend != "cuda"
+        try:
+            if host and out is None:
+                size = shapes.result_bytes(op, direction, taken.arrays, sizes, params, names)
+                if taken.backend == "reference":  # works on float64 copies
+                    size += 8 * sum(array.size for array in taken.arrays.values())
+                memory.check(size, "results" if taken.backend == "cpu" else "results and float64 copies")
+            check_values(op, taken.backend, taken.arrays, sizes, params)
+            target = shapes.check_out(op, taken.out, taken.arrays, sizes) if direction == "forward" else None
+            run = function(op, direction, taken.backend)
+            params = parameters_for(op, direction, taken.backend, params)
+            inputs = {name: taken.arrays.get(name) for name in arrays}
+            if direction == "forward":
+                return taken.give(run(**inputs, **params, out=target), out)
+            return taken.give(run(**inputs, **params, wrt=names)) if names else {}
+        except MemoryError as error:
+            if host:  # CuPy's says what it is about
+                raise memory.said(op.name, error, sizes) from None
+            raise

@@ -174,6 +174,20 @@ def evaluate(named: str, sizes: Sizes) -> tuple[int, ...]:
     return tuple(value for value in values if value is not None)
 
 
+def result_bytes(op: Op, direction: str, arrays: dict[str, Any], sizes: Sizes, params: Params, names: Any) -> int:
+    """How much memory the results of a call take."""
+    if direction == "backward":
+        return sum(arrays[name].nbytes for name in names)
+    elements = _elements(op.output, tuple(sizes.items()))
+    saved = sum(8 for name in op.saved if params.get(f"return_{name}"))
+    return elements * (int(arrays[next(iter(op.arrays))].dtype.itemsize) + saved)
+
+
+@lru_cache(maxsize=1024)
+def _elements(named: str, sizes: tuple[tuple[str, int], ...]) -> int:
+    return prod(evaluate(named, dict(sizes)))
+
+
 def _describe(named: str, sizes: Sizes) -> str:
     """``(N, 2*OG*KH*KW, OH, OW) = (2, 18*OG, 8, 8)``: by letter, then by number as far as known."""
     letters = named.split()
@@ -278,16 +292,20 @@ def _derive(op: Op, sizes: Sizes, params: Params) -> None:
 def check_rois(op: str, arrays: dict[str, Any], sizes: Sizes) -> None:
     """Every RoI is finite, and its batch index a whole number of an image."""
     rois, images = arrays["rois"], sizes["N"]
-    values = (rois.get() if hasattr(rois, "get") else rois).astype(np.float64)
-    finite = np.isfinite(values).all(axis=1)
-    if not finite.all():
-        r = int(np.argmin(finite))
-        raise ValueError(f"{op}: rois: expected finite numbers, got {values[r].tolist()} in row {r}")
-    image = values[:, 0]
-    known = (image >= 0) & (image < images) & (image == np.floor(image))
-    if not known.all():
-        r = int(np.argmin(known))
-        raise ValueError(f"{op}: rois: expected batch indices among 0..N-1, N = {images}, got {image[r]} in row {r}")
+    rois = rois.get() if hasattr(rois, "get") else rois
+    for first in range(0, len(rois), 1 << 18):  # a part at a time, as a copy of all of them may not fit
+        values = rois[first : first + (1 << 18)].astype(np.float64)
+        finite = np.isfinite(values).all(axis=1)
+        if not finite.all():
+            r = int(np.argmin(finite))
+            raise ValueError(f"{op}: rois: expected finite numbers, got {values[r].tolist()} in row {first + r}")
+        image = values[:, 0]
+        known = (image >= 0) & (image < images) & (image == np.floor(image))
+        if not known.all():
+            r = int(np.argmin(known))
+            raise ValueError(
+                f"{op}: rois: expected batch indices among 0..N-1, N = {images}, got {image[r]} in row {first + r}"
+            )
 
 
 def check_argmax(op: str, argmax: Any, pixels: int) -> None:
