@@ -7,7 +7,6 @@ import inspect
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -337,66 +336,6 @@ def test_deform_conv2d_layer_gives_what_torchvision_recorded_from_its_state_dict
     layer.load_state_dict(state, strict=True)
     got = layer(recorded["input"], recorded["offset"], recorded["mask"])
     torch.testing.assert_close(got, recorded["output"], rtol=1e-5, atol=1e-5)
-
-
-def fake_torchvision(name: str, base: type) -> type:
-    """A class that passes for torchvision's: same name, module, attributes."""
-    return type(name, (base,), {"__module__": "torchvision.ops.fake"})
-
-
-def test_replace_layers_keeps_parameters_hooks_and_names() -> None:
-    class Theirs(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            mine = layers.DeformConv2d(4, 6, 3, padding=1)
-            self.__dict__.update({name: value for name, value in mine.__dict__.items() if name != "border"})
-
-    theirs = fake_torchvision("DeformConv2d", Theirs)()
-    pool = fake_torchvision("PSRoIPool", torch.nn.Module)()
-    pool.output_size, pool.spatial_scale = 2, 0.5
-    model = torch.nn.ModuleDict({"a": theirs, "b": torch.nn.ModuleList([theirs, torch.nn.ReLU()]), "pool": pool})
-    called = []
-    theirs.register_forward_hook(lambda *args: called.append(1))
-    weight, state = theirs.weight, copy.deepcopy(model.state_dict())
-    assert layers.replace_layers(model) is model
-    assert type(model["a"]) is layers.DeformConv2d and model["a"] is model["b"][0]
-    assert model["a"].weight is weight
-    assert {k: v.tolist() for k, v in model.state_dict().items()} == {k: v.tolist() for k, v in state.items()}
-    image, offset = torch.rand(1, 4, 5, 5), torch.rand(1, 18, 5, 5)
-    got = model["a"](image, offset)
-    assert called and torch.equal(got, layers.deform_conv2d(image, offset, weight, theirs.bias, padding=1))
-    boxes = [torch.tensor([[0.0, 0, 8, 8]])]
-    rois = torch.tensor([[0.0, 0, 0, 8, 8]])
-    want = layers.ps_roi_pool(image, rois, 2, 0.5, convention="torchvision")
-    assert torch.equal(model["pool"](image, boxes), want)
-    assert type(layers.replace_layers(theirs)) is layers.DeformConv2d
-
-
-def torchvision_imports() -> bool:
-    if not find_spec("torchvision"):
-        return False
-    try:  # it does not, beside a torch of another build
-        import torchvision.ops  # noqa: F401
-    except (ImportError, RuntimeError):
-        return False
-    return True
-
-
-@pytest.mark.skipif(not torchvision_imports(), reason="torchvision cannot be imported")
-def test_replaced_layers_give_what_torchvisions_give() -> None:
-    from torchvision import ops
-
-    rois = torch.tensor([[0, 1, 2, 9, 11], [1, 0, 0, 15, 6]], dtype=torch.float32)
-    inputs = {"RoIPool": 3, "RoIAlign": 3, "PSRoIPool": 12, "PSRoIAlign": 12}
-    for name, channels in inputs.items():
-        args = (2, 0.5, 2) if "Align" in name else (2, 0.5)
-        theirs, image = getattr(ops, name)(*args), torch.rand(2, channels, 8, 8)
-        want = theirs(image, rois)
-        torch.testing.assert_close(layers.replace_layers(theirs)(image, rois), want)
-    theirs = ops.DeformConv2d(4, 6, (3, 2), **OPTIONS)
-    args = torch.rand(2, 4, 7, 8), torch.randn(2, 24, 7, 3), torch.rand(2, 12, 7, 3)
-    want = theirs(*args)
-    torch.testing.assert_close(layers.replace_layers(theirs)(*args), want, rtol=1e-5, atol=1e-5)
 
 
 def test_packs_start_as_the_plain_layers() -> None:
