@@ -25,8 +25,8 @@ RESULTS = "bench_results"  # of published records; one's own are in its folder "
 def main() -> None:
     """Time the operators on the layer shapes of published networks. Results go to stdout, progress to stderr.
 
-    Exit codes: 0 done, 1 a result was wrong or too slow, 2 wrong usage, 3 a backend that was asked for is not
-    available, 130 interrupted (what was measured is kept).
+    Exit codes: 0 done, 1 a result was wrong or too slow, 2 wrong usage, 3 a backend or peer that was asked for
+    could not run (the rest was measured and kept), 130 interrupted (what was measured is kept).
 
     \b
     Examples:
@@ -194,6 +194,9 @@ def profile(
         console.fail(failure, console.FAILED)
     if not rows:
         console.fail("nothing was measured", console.FAILED)
+    ran = {name for row in rows for name in row["against"]}
+    if idle := [name for name in dict.fromkeys(spec.partition("=")[0] for spec in peers) if name not in ran]:
+        console.fail(f"--against: not measured: {', '.join(idle)}", console.UNAVAILABLE)
 
 
 def _alone(option: str, *beside: str) -> None:

@@ -509,9 +509,12 @@ def test_a_missing_peer_is_named_with_how_to_get_it() -> None:
     result = run(
         *QUICK, "--no-save", "--direction", "forward", "--against", "tvdcn=/nowhere/python", "--against", "paddle"
     )
-    assert result.exit_code == 0
+    assert result.exit_code == 3 and result.stdout, (
+        "what was measured is shown, and the exit code says that not all was"
+    )
     assert "tvdcn is left out: cannot run /nowhere/python" in result.stderr
     assert "pip install paddlepaddle" in result.stderr
+    assert result.stderr.endswith("error: --against: not measured: tvdcn, paddle\n")
 
 
 def test_a_peer_of_a_row_on_the_gpu_is_timed_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -543,3 +543,28 @@ def test_layers_and_functions_are_leaves_of_a_traced_graph() -> None:
     torch.testing.assert_close(got, want, rtol=0, atol=0)
     got.sum().backward()
     assert traced.layer.weight.grad is not None
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_torchscript_is_an_error_that_says_what_to_use() -> None:
+    class Inside(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = torch.nn.Sequential(torch.nn.ReLU(), layers.DeformConv2dPack(2, 3, 3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layers(x)
+
+    class Calls(torch.nn.Module):
+        def forward(self, x: torch.Tensor, rois: torch.Tensor) -> torch.Tensor:
+            return layers.roi_align(x, rois, 2)
+
+    for what, name in (
+        *((function(op), op.name) for op in dcn_kernels.OPS.values()),
+        (layers.ConvOffset2D(2), "ConvOffset2D"),
+        (layers.RoIAlign(2), "RoIAlign"),
+        (Inside(), "DeformConv2dPack"),
+        (Calls(), "roi_align"),
+    ):
+        with pytest.raises(RuntimeError, match=f"{name}: torch.jit.script cannot read it: use torch.export, torch.com"):
+            torch.jit.script(what)

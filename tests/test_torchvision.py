@@ -54,23 +54,21 @@ def targets(name: str) -> list[dict[str, Any]]:
             for mask, (x1, y1, x2, y2) in zip(target["masks"], rows.int().tolist(), strict=True):
                 mask[y1 : y2 - 5, x1 + 3 : x2] = 1
         if name.startswith("keypoint"):
-            spread = torch.rand(len(rows), 17, 2, dtype=torch.float64)
+            spread = torch.rand(len(rows), 17, 2)
             points = rows[:, None, :2] + spread * (rows[:, None, 2:] - rows[:, None, :2])
-            target["keypoints"] = torch.cat((points, torch.ones(len(rows), 17, 1, dtype=torch.float64)), dim=2)
+            target["keypoints"] = torch.cat((points, torch.ones(len(rows), 17, 1)), dim=2).float()
         found.append(target)
     return found
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    ["fasterrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn", "keypointrcnn_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2"],
-)
+@pytest.mark.parametrize("name", ["fasterrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn", "keypointrcnn_resnet50_fpn"])
 def test_a_detector_gives_the_same_detections_losses_and_gradients(name: str, caplog: Any) -> None:
     """In float64, so that no score of the random weights changes places with its neighbour by a rounding."""
     torch.manual_seed(0)
-    # every score is near 1 / classes with random weights; the largest few are looked at
-    small = {"min_size": 64, "max_size": 96, "box_score_thresh": 0.0, "box_detections_per_img": 10}
+    # few regions, as every one passes the heads in float64; every score is near 1 / classes with random weights
+    regions = {"rpn_post_nms_top_n_train": 40, "rpn_post_nms_top_n_test": 40, "box_batch_size_per_image": 8}
+    small = {"min_size": 64, "max_size": 96, "box_score_thresh": 0.0, "box_detections_per_img": 5, **regions}
     theirs = getattr(detection, name)(weights=None, weights_backbone=None, **small).double()
     images, wanted = [torch.rand(3, 64, 96).double(), torch.rand(3, 64, 80).double()], targets(name)
     ours = copy.deepcopy(theirs)
@@ -92,7 +90,7 @@ def test_a_detector_gives_the_same_detections_losses_and_gradients(name: str, ca
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-9, atol=1e-12)
     assert sum(grad.abs().max() > 0 for grad in gradients[0].values()) > 50
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-6, atol=1e-9)
-    assert all(len(found["boxes"]) == 10 for found in detections[0])
+    assert all(len(found["boxes"]) == 5 for found in detections[0])
     torch.testing.assert_close(detections[1], detections[0], rtol=1e-6, atol=1e-9)
 
 

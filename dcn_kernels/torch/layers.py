@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dcn_kernels.torch.ops import FUNCTIONS
+from dcn_kernels.torch.ops import FUNCTIONS, not_scripted
 
 Pair = int | tuple[int, int]
 
@@ -46,7 +46,15 @@ def zero(layer: nn.Conv2d | nn.Linear) -> None:
         nn.init.zeros_(layer.bias)
 
 
-class DeformConv2d(nn.Module):
+class NotScripted:
+    """A layer, alone or in a model, of which torch.jit.script says what to use instead."""
+
+    def __prepare_scriptable__(self) -> Any:
+        """torch.jit.script asks each module for this first."""
+        raise RuntimeError(not_scripted(type(self).__name__))
+
+
+class DeformConv2d(NotScripted, nn.Module):
     """Deformable convolution with offsets from outside: constructor, parameters and state_dict of torchvision's.
 
     Parameters
@@ -203,7 +211,7 @@ class ModulatedDeformConv2dPack(DeformConv2dPack):
         return DeformConv2d.forward(self, input, torch.cat((first, second), dim=1), mask.sigmoid())
 
 
-class ConvOffset2D(nn.Conv2d):
+class ConvOffset2D(NotScripted, nn.Conv2d):
     """The feature map resampled at offsets that a convolution computes, one offset field per channel.
 
     Parameters

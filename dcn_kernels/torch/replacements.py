@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dcn_kernels.torch.layers import DeformConv2d, DeformConv2dPack, ModulatedDeformConv2dPack
 from dcn_kernels.torch.ops import FUNCTIONS, rois_of
-from dcn_kernels.torch.roi_layers import DeformRoIPool, PSRoIAlign, PSRoIPool, RoIAlign, RoIPool
+from dcn_kernels.torch.roi_layers import DeformRoIPool, PSRoIAlign, PSRoIPool, RoIAlign, RoILayer, RoIPool
 
 log = logging.getLogger(__name__)
 
@@ -65,9 +65,10 @@ class FcDeformRoIPool(DeformRoIPool):
         return super().forward(input, rois, self.offset_fc(regions).view(-1, 2, *bins), mask)
 
 
-class MultiScaleRoIAlign(nn.Module):
+class MultiScaleRoIAlign(RoILayer):
     """torchvision's: `roi_align` of each region on the level of a feature pyramid that fits the region's size."""
 
+    names = ("featmap_names", "output_size", "sampling_ratio")
     featmap_names: list[str]
     output_size: tuple[int, int]
     sampling_ratio: int
@@ -85,11 +86,6 @@ class MultiScaleRoIAlign(nn.Module):
                 self.scales = scales
         canonical = (self.canonical_scale, self.canonical_level)
         return _aligned_on_levels(features, boxes, scales, self.output_size, self.sampling_ratio, canonical)
-
-    def extra_repr(self) -> str:
-        """The constructor's arguments."""
-        names = ("featmap_names", "output_size", "sampling_ratio")
-        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
 
 @torch.fx.wrap

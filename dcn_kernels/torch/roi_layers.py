@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dcn_kernels.torch.layers import Pair, pair_of, slower, zero
+from dcn_kernels.torch.layers import NotScripted, Pair, pair_of, slower, zero
 from dcn_kernels.torch.ops import FUNCTIONS, rois_of
 
 
-class _RoILayer(nn.Module):
+class RoILayer(NotScripted, nn.Module):
     """The options of a RoI operator, kept."""
 
     names: tuple[str, ...] = ()
@@ -28,7 +28,7 @@ class _RoILayer(nn.Module):
         return ", ".join(f"{name}={value}" for name, value in self._options().items())
 
 
-class RoIPool(_RoILayer):
+class RoIPool(RoILayer):
     """`dcn_kernels.roi_pool`, maximum or mean. `rois`: (R, 5), or a list of (R_n, 4), one per image.
 
     Examples
@@ -49,7 +49,7 @@ class RoIPool(_RoILayer):
         return FUNCTIONS["roi_pool"](input, rois, **self._options())
 
 
-class PSRoIPool(_RoILayer):
+class PSRoIPool(RoILayer):
     """`dcn_kernels.ps_roi_pool`: each bin averages score maps of its own.
 
     torchvision's layer of this name has convention "torchvision", R-FCN's own is "rfcn"; their numbers differ, so
@@ -85,7 +85,7 @@ class PSRoIPool(_RoILayer):
         return FUNCTIONS["ps_roi_pool"](input, rois, **self._options())
 
 
-class RoIAlign(_RoILayer):
+class RoIAlign(RoILayer):
     """`dcn_kernels.roi_align`; constructor of torchvision's."""
 
     names = ("output_size", "spatial_scale", "sampling_ratio", "aligned")
@@ -101,7 +101,7 @@ class RoIAlign(_RoILayer):
         return FUNCTIONS["roi_align"](input, rois, **self._options())
 
 
-class PSRoIAlign(_RoILayer):
+class PSRoIAlign(RoILayer):
     """`dcn_kernels.ps_roi_align`; constructor of torchvision's."""
 
     names = ("output_size", "spatial_scale", "sampling_ratio")
@@ -115,7 +115,7 @@ class PSRoIAlign(_RoILayer):
         return FUNCTIONS["ps_roi_align"](input, rois, **self._options())
 
 
-class DeformRoIPool(_RoILayer):
+class DeformRoIPool(RoILayer):
     """`dcn_kernels.deform_roi_pool` with offsets from outside.
 
     Examples
@@ -190,7 +190,7 @@ class DeformRoIPoolPack(DeformRoIPool):
         return super().forward(input, rois, offset.view(-1, 2, *pair_of(self.output_size)))  # type: ignore[arg-type]
 
 
-class DeformPSRoIPool(_RoILayer):
+class DeformPSRoIPool(RoILayer):
     """`dcn_kernels.deform_ps_roi_pool` with translations from outside.
 
     Examples
