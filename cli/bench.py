@@ -395,7 +395,7 @@ def env_command(as_json: bool, wide: bool) -> None:
     from dcn_kernels.bench import peers
 
     commit, dirty = environment.commit()
-    found = {
+    found: dict[str, Any] = {
         "device": environment.device(),
         "versions": environment.versions(),
         "commit": commit,
@@ -410,6 +410,8 @@ def env_command(as_json: bool, wide: bool) -> None:
     if as_json:
         console.say_json(found)
         return
+    if not commit:  # installed, not a checkout
+        del found["commit"], found["dirty"]
     rows = []
     for section, value in found.items():
         if isinstance(value, dict):

@@ -391,6 +391,16 @@ def test_env_says_why_a_backend_is_missing() -> None:
     assert run("env").exit_code == 0
 
 
+@pytest.mark.parametrize("commit", [("", False), ("0123abc", True)])
+def test_env_names_the_commit_of_a_checkout_and_none_where_there_is_none(
+    commit: tuple[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "commit", lambda: commit)
+    found = json.loads(run("env", "--json").stdout)
+    assert (found["commit"], found["dirty"]) == commit
+    assert ("commit" in run("env").stdout) == bool(commit[0])
+
+
 def test_spread_gives_the_paper_s_effective_dilation() -> None:
     rng = np.random.default_rng(0)
     for mean in layers.TABLE_2.values():

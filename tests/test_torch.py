@@ -86,10 +86,16 @@ def test_gradcheck(op: Op, sample: Sample) -> None:
     assert torch.autograd.gradcheck(call, tuple(arrays.values()), fast_mode=True)
 
 
-@pytest.mark.parametrize(("op", "sample"), FIRST)
-def test_opcheck(op: Op, sample: Sample) -> None:
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize(("op", "sample"), cases())
+def test_opcheck(op: Op, sample: Sample, direction: str) -> None:
+    """torch's own checks of an operator: its schema, fake tensors, autograd, and tracing with dynamic shapes."""
+    values = values_of(op, tensors(op, sample, grad=direction == "forward"), sample.params)
     operator = getattr(torch.ops.dcn_kernels, op.name).default
-    torch.library.opcheck(operator, values_of(op, tensors(op, sample), sample.params))
+    if direction == "backward":
+        values = (torch.rand_like(operator(*values)), *values, [name in sample.arrays for name in op.differentiable])
+        operator = getattr(torch.ops.dcn_kernels, f"{op.name}_backward").default
+    assert set(torch.library.opcheck(operator, values).values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
