@@ -6,7 +6,9 @@ this library's functions. tests/test_torchvision.py replaces torchvision's own.
 
 from __future__ import annotations
 
+import ast
 import copy
+import inspect
 import logging
 import re
 from collections.abc import Callable
@@ -14,6 +16,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import ROOT
+
+import dcn_kernels
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
@@ -404,6 +409,62 @@ def test_a_subclass_stays() -> None:
     model = nn.Sequential(Alignment())
     with pytest.warns(UserWarning, match="nothing was replaced"):
         assert type(layers.replace_layers(model)[0]) is Alignment
+
+
+# ---------------------------------------------------------------- README: coming from another library
+
+
+def test_the_layers_that_readmes_table_names_load_the_others_state_dict_and_give_the_same() -> None:
+    torch.manual_seed(0)
+    image, sizes = torch.rand(2, 4, 8, 8), (4, 6, 3, (2, 1), (1, 2), (1, 2), 2)
+    for theirs, ours, args in (
+        (MmcvDeformConv2d(), layers.DeformConv2d(*sizes, bias=False), (offset(),)),
+        (ModulatedDeformConv2d(bias=True), layers.DeformConv2d(*sizes), (offset(), mask())),
+        (MmcvDeformConv2dPack(), layers.DeformConv2dPack(*sizes, bias=False, offset_groups=GROUPS), ()),
+        (
+            ModulatedDeformConv2dPack(bias=True),
+            layers.ModulatedDeformConv2dPack(*sizes, offset_groups=GROUPS),
+            (),
+        ),
+        (Detectron2DeformConv(**NORMS), layers.DeformConv2d(*sizes, bias=False), (offset(),)),
+        (Detectron2ModulatedDeformConv(bias=True, **NORMS), layers.DeformConv2d(*sizes), (offset(), mask())),
+        (DCNv2(bias=True, **OLD), layers.DeformConv2d(*sizes), (offset(), mask())),
+        (DCN(bias=True, **OLD), layers.ModulatedDeformConv2dPack(*sizes, offset_groups=GROUPS), ()),
+    ):
+        state = {key.replace("conv_offset_mask", "conv_offset"): value for key, value in theirs.state_dict().items()}
+        ours.load_state_dict(state, strict=True)
+        torch.testing.assert_close(ours(image, *args), theirs(image, *args), rtol=1e-6, atol=1e-6)
+    aligned = layers.RoIAlign((2, 3), 0.5, 2, aligned=True)
+    torch.testing.assert_close(aligned(image, ROIS), ROIAlign(**ALIGN)(image, ROIS))
+
+
+def readme_calls() -> list[str]:
+    """The calls in the middle column of README's table."""
+    text = (ROOT / "README.md").read_text()
+    table = text[text.index("### Coming from another library") :].split("\n## ")[0]
+    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| ") and not line.startswith("| ---")]
+    assert all(len(row) == 3 for row in rows)
+    calls = [call for row in rows[1:] for call in re.findall(r"`([^`]+\))`", row[1])]
+    assert len(calls) > 15
+    return calls
+
+
+@pytest.mark.parametrize("text", readme_calls())
+def test_the_calls_of_readmes_table_name_arguments_that_there_are(text: str) -> None:
+    call = ast.parse(text, mode="eval").body
+    assert isinstance(call, ast.Call) and isinstance(call.func, ast.Name)
+    kind = getattr(layers, call.func.id, None) or getattr(dcn_kernels, call.func.id)
+    names = [keyword.arg for keyword in call.keywords]
+    while inspect.isclass(kind) and any(p.kind is p.VAR_KEYWORD for p in inspect.signature(kind).parameters.values()):
+        own = inspect.signature(kind).parameters
+        names = [name for name in names if name not in own]  # the base class takes the others
+        kind = kind.__mro__[1]
+    signature = inspect.signature(kind)
+    values = [arg for arg in call.args if not (isinstance(arg, ast.Constant) and arg.value is ...)]
+    signature.bind_partial(*values, **dict.fromkeys(names))
+    for value, name in zip(values, signature.parameters, strict=False):
+        if isinstance(value, ast.Name) and value.id in signature.parameters:
+            assert value.id == name, f"{value.id} stands where {name} does"
 
 
 def test_every_rule_is_tried_here_or_with_torchvision() -> None:
