@@ -192,7 +192,7 @@ def _why_not(module: nn.Module, rule: Rule) -> str:
         return f"expected that of {' or '.join(rule.packages)}"
     if "forward" in vars(module):
         return "its forward was replaced by another"
-    _, *takes = inspect.signature(module.forward).parameters
+    takes = list(inspect.signature(module.forward).parameters)[1:]
     if tuple(takes) not in rule.takes:
         return f"expected a forward of ({', '.join(('x', *rule.takes[-1]))}), got ({', '.join(('x', *takes))})"
     missing = [name for name in rule.needs if not hasattr(module, name)]
