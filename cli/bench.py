@@ -26,8 +26,8 @@ RESULTS = "bench_results"  # of published records; one's own are in its folder "
 def main() -> None:
     """Time the operators on the layer shapes of published networks. Results go to stdout, progress to stderr.
 
-    Exit codes: 0 done, 1 a result was wrong or too slow, 2 wrong usage, 3 a backend that was asked for is not
-    available, 130 interrupted (what was measured is kept).
+    Exit codes: 0 done, 1 a result was wrong or too slow, 2 wrong usage, 3 a backend or peer that was asked for
+    could not run (the rest was measured and kept), 130 interrupted (what was measured is kept).
 
     \b
     Examples:
@@ -190,6 +190,9 @@ def profile(
         console.fail(failure, console.FAILED)
     if not rows:
         console.fail("nothing was measured", console.FAILED)
+    ran = {name for row in rows for name in row["against"]}
+    if idle := [name for name in dict.fromkeys(spec.partition("=")[0] for spec in peers) if name not in ran]:
+        console.fail(f"--against: not measured: {', '.join(idle)}", console.UNAVAILABLE)
 
 
 def _alone(option: str, *beside: str) -> None:
@@ -388,7 +391,7 @@ def env_command(as_json: bool, wide: bool) -> None:
     from dcn_kernels.bench import peers
 
     commit, dirty = environment.commit()
-    found = {
+    found: dict[str, Any] = {
         "device": environment.device(),
         "versions": environment.versions(),
         "commit": commit,
@@ -403,6 +406,8 @@ def env_command(as_json: bool, wide: bool) -> None:
     if as_json:
         console.say_json(found)
         return
+    if not commit:  # installed, not a checkout
+        del found["commit"], found["dirty"]
     rows = []
     for section, value in found.items():
         if isinstance(value, dict):

@@ -385,6 +385,16 @@ def test_env_says_why_a_backend_is_missing() -> None:
     assert run("env").exit_code == 0
 
 
+@pytest.mark.parametrize("commit", [("", False), ("0123abc", True)])
+def test_env_names_the_commit_of_a_checkout_and_none_where_there_is_none(
+    commit: tuple[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "commit", lambda: commit)
+    found = json.loads(run("env", "--json").stdout)
+    assert (found["commit"], found["dirty"]) == commit
+    assert ("commit" in run("env").stdout) == bool(commit[0])
+
+
 def test_spread_gives_the_paper_s_effective_dilation() -> None:
     rng = np.random.default_rng(0)
     for mean in layers.TABLE_2.values():
@@ -503,9 +513,12 @@ def test_a_missing_peer_is_named_with_how_to_get_it() -> None:
     result = run(
         *QUICK, "--no-save", "--direction", "forward", "--against", "tvdcn=/nowhere/python", "--against", "paddle"
     )
-    assert result.exit_code == 0
+    assert result.exit_code == 3 and result.stdout, (
+        "what was measured is shown, and the exit code says that not all was"
+    )
     assert "tvdcn is left out: cannot run /nowhere/python" in result.stderr
     assert "pip install paddlepaddle" in result.stderr
+    assert result.stderr.endswith("error: --against: not measured: tvdcn, paddle\n")
 
 
 def test_a_peer_of_a_row_on_the_gpu_is_timed_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,7 +75,23 @@ VALUES = [
     ),
 ]
 
+LAST = "the shapes fit if {} came with channels last, \\(N, H, W, C\\); here they are second"
+
 SIZES: list[tuple[Op, Sample, dict[str, Any], str]] = [
+    # channels last, the input's alone or those of all maps
+    (
+        DEFORM_CONV2D,
+        CONVOLUTION,
+        {"input": zeros(2, 6, 7, 4)},
+        "weight: .*4 does not divide C = 6: " + LAST.format("input"),
+    ),
+    (
+        DEFORM_CONV2D,
+        CONVOLUTION,
+        {"input": zeros(2, 6, 7, 4), "offset": zeros(2, 6, 7, 18), "mask": None},
+        "weight: .*4 does not divide C = 6: " + LAST.format("input, offset"),
+    ),
+    (DEFORM_CONV2D, CONVOLUTION, {"input": zeros(2, 6, 8, 4)}, "weight: .*: 4 does not divide C = 6$"),
     # the offsets of another output size, named by letter and number
     (
         DEFORM_CONV2D,

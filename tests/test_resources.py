@@ -36,7 +36,7 @@ CASES = [
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize(("op", "letter"), CASES)
-def test_more_than_memory_holds_is_refused_at_once(op: Op, letter: str, backend: str, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_more_than_memory_holds_is_refused_at_once(op: Op, letter: str, backend: str, monkeypatch) -> None:
     monkeypatch.setattr(memory, "free", lambda: 10**8)  # so that it is refused on every machine
     sample = op.samples(0)[0]
     _, shape = output_shape(op, sample)
@@ -60,7 +60,7 @@ def test_more_than_memory_holds_is_refused_at_once(op: Op, letter: str, backend:
 
 
 @pytest.mark.parametrize("op", [op for op in OPS.values() if "rois" in op.arrays], ids=str)
-def test_the_order_of_too_many_rois_is_refused(op: Op, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_the_order_of_too_many_rois_is_refused(op: Op, monkeypatch) -> None:
     """Their gradient is that of one map, and `out` there already: what is left is the order in which they are taken."""
     monkeypatch.setattr(memory, "free", lambda: 10**8)
     monkeypatch.setattr(memory, "SMALL", 10**8)

@@ -133,6 +133,11 @@ def _to_numpy(op: str, name: str, array: Any) -> np.ndarray:
             return np.asarray(array)  # a view, also of bfloat16, for which NumPy has no DLPack
         return np.from_dlpack(array)
     except _REFUSALS as error:
+        if "bfloat16" in str(getattr(array, "dtype", "")):
+            raise TypeError(
+                f"{op}: {name}: expected float16, float32 or float64 of {framework}, got bfloat16, which NumPy cannot "
+                "take by DLPack"
+            ) from error
         raise TypeError(f"{op}: {name}: expected an array that NumPy can take by DLPack, got {error}") from error
 
 

@@ -256,6 +256,25 @@ def bind_symbols(op: Op, arrays: dict[str, Any], params: Params) -> Sizes:
 @lru_cache(maxsize=1024)  # a layer is called again and again with the same shapes
 def _bind(op: Op, shapes: tuple[tuple[str, tuple[int, ...]], ...], params_items: tuple[tuple[str, Any], ...]) -> Sizes:
     shape_of, params = dict(shapes), dict(params_items)
+    try:
+        return _sizes(op, shape_of, params)
+    except ValueError as error:
+        hint = _layout_hint(op, shape_of, params)
+        raise (ValueError(f"{error}: {hint}") if hint else error) from None
+
+
+def _layout_hint(op: Op, shape_of: dict[str, tuple[int, ...]], params: Params) -> str:
+    """What may be wrong where the shapes fit as soon as channels move from last to second place, or ""."""
+    maps = [name for name, named in op.arrays.items() if named.startswith("N ") and name in shape_of]
+    for names in (maps[:1], maps, [*maps, "grad_output"]):
+        moved = {name: (s[0], s[3], s[1], s[2]) if name in names and len(s) == 4 else s for name, s in shape_of.items()}
+        with contextlib.suppress(ValueError):
+            _sizes(op, moved, params)
+            return f"the shapes fit if {', '.join(names)} came with channels last, (N, H, W, C); here they are second"
+    return ""
+
+
+def _sizes(op: Op, shape_of: dict[str, tuple[int, ...]], params: Params) -> Sizes:
     sizes: Sizes = {}
     _derive(op, sizes, params)  # the sizes that follow from parameters alone
     for name, named in {**op.arrays, "grad_output": op.output, **op.saved}.items():

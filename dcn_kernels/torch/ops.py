@@ -290,6 +290,11 @@ def _refuse_tangents(op: Op, arrays: dict[str, Any]) -> None:
             raise RuntimeError(f"{op.name}: {name}: expected a tensor without a tangent, as there is no forward mode")
 
 
+def not_scripted(name: str) -> str:
+    """What torch.jit.script of a function or layer is told."""
+    return f"{name}: torch.jit.script cannot read it: use torch.export, torch.compile or torch.jit.trace instead"
+
+
 def rois_of(rois: Any) -> Any:
     """(R, 5) with the batch index first, also from one (R_n, 4) tensor per image."""
     if not isinstance(rois, (list, tuple)):
@@ -391,6 +396,7 @@ def function_of(op: Op) -> Callable[..., torch.Tensor]:
     function = _ported(op, bare, list(arguments.signature.parameters))
     function.__name__ = function.__qualname__ = op.name
     function.__module__ = "dcn_kernels.torch"
+    setattr(function, "__script_unsupported", not_scripted(op.name))  # torch.jit.script raises RuntimeError of it
     function.__signature__ = arguments.signature  # type: ignore[attr-defined]
     function.__doc__ = (
         f"`dcn_kernels.{op.name}` as a differentiable torch operator; see there for the arguments.\n\n"
