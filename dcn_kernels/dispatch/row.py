@@ -50,6 +50,8 @@ class Op:
     product: Callable[[Sizes], tuple[int, int, int, int]] | None = None  # (how many, m, k, n) of the plain operator's
 
     kinks: Callable[[int], list[Sample]] | None = None  # seed -> cases on the kinks, with the documented gradients
+    # the choices of a random call -> the call in float64; without it the fuzzer takes the shapes of `samples`
+    drawn: Callable[[Any], Sample] | None = None
     part: Callable[[Sample, int, int], tuple[Sample, dict[str, Any]]] | None = None  # some elements of a layer, alone
 
     def __repr__(self) -> str:

@@ -327,6 +327,7 @@ DEFORM_CONV2D = Op(
     derived={"OH": _output_size(0, "H", "KH"), "OW": _output_size(1, "W", "KW")},
     divides=(("groups", "C"), ("groups", "O"), ("OG", "C")),
     samples=samples.deform_conv2d,
+    drawn=samples.deform_conv2d_drawn,
     layer_sample=samples.deform_conv2d_layer,
     kinks=samples.deform_conv2d_kinks,
     part=samples.deform_conv2d_part,

@@ -151,6 +151,7 @@ OFFSET_SAMPLE2D = Op(
     derived={},
     divides=(("OG", "C"),),
     samples=samples.offset_sample2d,
+    drawn=samples.offset_sample2d_drawn,
     layer_sample=samples.offset_sample2d_layer,
     kinks=samples.offset_sample2d_kinks,
     flops=_flops,

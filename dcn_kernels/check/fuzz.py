@@ -1,0 +1,558 @@
+"""Drawn calls on a backend, compared with the reference: `dcn-check fuzz`.
+
+A call (drawn_calls.py) is made forward and backward. Wrong is:
+
+raised     the backend raises; the reference does not
+result     a result of another shape or dtype, or further from the reference's than calls.py allows; infinities and
+           NaN at other elements
+threads    other bits at another number of threads (on a GPU with `deterministic`: in another run)
+changed    an input was written to
+fault      the process ended: with guard pages (guard.py), by touching memory outside an array
+
+Each wrong call is made smaller, choice by choice, as long as it is wrong.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import mmap
+import os
+import signal
+import struct
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from dcn_kernels.check import guard
+from dcn_kernels.check.calls import backward, forward, reduction_length, relative_error, to_backend, to_numpy, tolerance
+from dcn_kernels.check.drawn_calls import DrawnCall, Laid, drawn, laid, repeated
+from dcn_kernels.check.gradients import not_written
+from dcn_kernels.dispatch.call import module_of, public
+from dcn_kernels.dtypes import DTYPES, accumulator
+from dcn_kernels.ops.registry import OPS
+
+THREADS = (1, 2, 3, 7)
+MOST_FAILURES = 10
+_SHRINKING_S = 30.0  # a failure is made smaller for as long
+
+
+@dataclass
+class Failure:
+    """A wrong call, as small as it was made."""
+
+    op: str
+    backend: str
+    kind: str
+    what: str  # the result or argument, and how it is wrong
+    recipe: dict[str, Any]
+    command: str = ""
+    reason: str = ""  # in full
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        """Two failures with the same one are taken for one fault."""
+        return self.op, self.backend, self.kind, self.what
+
+
+@dataclass
+class Summary:
+    """What was called so far; grows while `fuzz` runs."""
+
+    drawn: int = 0  # arguments of a forward and a backward
+    calls: int = 0  # of the backends' public functions, the reference's for comparison not among them
+    seconds: float = 0.0
+    operators: Counter = field(default_factory=Counter)  # drawn, of each
+    options: dict[tuple[str, str], Counter] = field(default_factory=dict)  # (operator, option) -> drawn, of each value
+    failures: list[Failure] = field(default_factory=list)
+    repeated: Counter = field(default_factory=Counter)  # key of a failure -> how often it was seen
+    skipped: dict[str, str] = field(default_factory=dict)  # operator and backend -> why
+
+    def count(self, call: DrawnCall) -> None:
+        """One more drawn call. Choices of a kind that each array has are counted together."""
+        self.drawn += 1
+        self.operators[call.op.name] += 1
+        for name, value in call.choices.items():
+            key = call.op.name, name.partition(".")[0] if name.startswith(("values.", "layout.", "dtype.")) else name
+            if name.startswith("dtype."):
+                key = call.op.name, "coordinates"
+                value = "float32" if value else "the input's"
+            counter = self.options.get(key)
+            if counter is None:
+                counter = self.options[key] = Counter()
+            counter[value] += 1
+
+
+# ---------------------------------------------------------------- one call
+
+
+@contextmanager
+def every_thread() -> Iterator[Callable[[int], None]]:
+    """Small calls too use as many threads as they are told, on the CPU; yields set_num_threads."""
+    from dcn_kernels.cpu import threads
+
+    usual = threads.FLOPS_A_THREAD
+    _forget_plans()
+    threads.FLOPS_A_THREAD = 1.0
+    try:
+        yield threads.set_num_threads
+    finally:
+        threads.set_num_threads(None)
+        threads.FLOPS_A_THREAD = usual
+        _forget_plans()
+
+
+def _forget_plans() -> None:
+    """What the CPU backend keeps of former calls holds how many threads they were worth."""
+    for module in {module_of(op, "cpu") for op in OPS.values() if not not_written(op, "cpu")}:
+        for kept in vars(import_module(module)).values():
+            if hasattr(kept, "cache_clear"):
+                kept.cache_clear()
+
+
+def wrong(
+    call: DrawnCall, backend: str, *, set_threads: Callable[[int], None] | None = None, slack: float = 1.0,
+    sides: tuple[str, ...] = (), made: Callable[[int], None] = lambda calls: None,
+) -> tuple[str, str, str] | None:  # fmt: skip
+    """What is wrong with a call on a backend: (kind, what, reason), or None.
+
+    Parameters
+    ----------
+    call : DrawnCall
+    backend : str
+    set_threads : function of a number, optional
+        The call is also made at another number of threads, of the seed's choosing, and must give the same bits.
+    slack : float
+        What the tolerances are multiplied with.
+    sides : names of guard.SIDES
+        Where arrays lie against an unreadable page, one way after the other.
+    made : function of a number, optional
+        Told how many calls were made.
+    """
+    try:
+        want = _reference(call)
+    except Exception as error:  # the row draws what its own checks refuse, or the reference fails
+        return "raised", "reference", f"the reference raised {type(error).__name__}: {error}"
+    numbers: tuple[int | None, ...] = (None,)
+    if set_threads is not None:
+        numbers = 1, THREADS[1 + call.seed[-1] % 3]
+    elif backend != "reference" and call.sample.params.get("deterministic"):
+        numbers = None, None
+    first: dict[str, np.ndarray] | None = None
+    for side in sides or ("",):
+        for number in numbers:
+            if set_threads is not None and number:
+                set_threads(number)
+            with ExitStack() as stack:
+                if side:
+                    stack.enter_context(guard.guarded(side))
+                try:
+                    got, changed = _results(call, backend)
+                except Exception as error:
+                    return "raised", type(error).__name__, f"{type(error).__name__}: {error}"
+            made(2)
+            if changed:
+                return "changed", changed, f"{changed} was written to"
+            if first is None:
+                first, problem = got, _compared(call, got, want, slack)
+                if problem:
+                    return problem
+            elif (different := _other_bits(first, got)) and not (side == sides[-1:] and number == 1):
+                return "threads", different, f"{different}: other bits at {number or 'the same'} threads"
+    return None
+
+
+def _reference(call: DrawnCall) -> dict[str, np.ndarray]:
+    """The results wanted, by name; the output is "output"."""
+    wide = accumulator(DTYPES[call.dtype])
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        want = {"output": forward(call.op, call.exact, "reference")}
+        returned = _returned(call)
+        if returned:
+            exact = call.exact
+            params = {**exact.params, **returned}
+            outputs = public(call.op)(**exact.arrays, **params, backend="reference")
+            want |= dict(zip(call.op.saved, outputs[1:], strict=True))
+        grads = backward(call.op, call.exact, "reference", call.grad_output.astype(wide), call.wrt)
+    return {**want, **{f"gradient of {name}": array for name, array in grads.items()}}
+
+
+def _returned(call: DrawnCall) -> dict[str, bool]:
+    return {f"return_{name}": True for name in call.op.saved if call.choices.get(f"return_{name}")}
+
+
+def _results(call: DrawnCall, backend: str) -> tuple[dict[str, np.ndarray], str]:
+    """(results by name, the name of an input that was changed)."""
+    op, params = call.op, call.sample.params
+    given = {"grad_output": call.grad_output, **call.sample.arrays}
+    inputs: dict[str, Laid] = {
+        name: laid(array, call.choices[f"layout.{name}"], call.seed) for name, array in given.items()
+    }
+    before = {name: each.memory.tobytes() for name, each in inputs.items()}
+    arrays = to_backend(backend, {name: each.array for name, each in inputs.items()})
+    grad_output = arrays.pop("grad_output")
+    out = None
+    if call.choices["out"] == "given":
+        out = to_backend(backend, {"out": np.full(call.grad_output.shape, np.nan, call.grad_output.dtype)})["out"]
+    returned = _returned(call)
+    result = public(op)(**arrays, **params, **returned, out=out, backend=backend)
+    outputs = result if returned else (result,)
+    got = {"output": out if out is not None else outputs[0], **dict(zip(op.saved, outputs[1:], strict=False))}
+    saved = {name: got[name] for name in op.saved if name in got}
+    grads = public(op, "backward")(grad_output, **arrays, **params, **saved, wrt=call.wrt, backend=backend)
+    got |= {f"gradient of {name}": array for name, array in grads.items()}
+    changed = [name for name, each in inputs.items() if each.memory.tobytes() != before[name]]
+    return {name: to_numpy(array) for name, array in got.items()}, ", ".join(changed)
+
+
+def _other_bits(one: dict[str, np.ndarray], two: dict[str, np.ndarray]) -> str:
+    """The first result whose bits differ."""
+    for name, array in one.items():
+        if array.tobytes() != two[name].tobytes():
+            return name
+    return ""
+
+
+def _compared(
+    call: DrawnCall, got: dict[str, np.ndarray], want: dict[str, np.ndarray], slack: float
+) -> tuple[str, str, str] | None:
+    if list(got) != list(want):
+        return "result", "names", f"results {list(got)}, expected {list(want)}"
+    scales: dict[str, np.ndarray] | None = None
+    for name, array in got.items():
+        wanted, direction = want[name], "forward" if name == "output" else "backward"
+        if name in call.op.saved:
+            if array.dtype != np.int64 or not np.array_equal(array, wanted):
+                return "result", name, f"{name} is not the reference's"
+            continue
+        storage = call.sample.arrays[name.removeprefix("gradient of ")].dtype if direction == "backward" else None
+        storage = storage or DTYPES[call.dtype]
+        if array.shape != wanted.shape or array.dtype != storage or not array.flags.c_contiguous:
+            return "result", name, f"{name}: {array.shape} {array.dtype}, expected {wanted.shape} {storage}"
+        length = reduction_length(call.op, call.sizes, direction, array.size)
+        bound = slack * tolerance(call.dtype, length)
+        wanted = _overflowed(array, wanted, bound)
+        error, index = relative_error(array, wanted)
+        if error <= bound:
+            continue
+        # The terms of a sum may cancel, in a result of few elements all of them. Its size is then that of the same
+        # sum with other signs, and of denormal numbers no less than what they are rounded to.
+        if scales is None:
+            scales = _scales(call)
+        error, index = _error(array, wanted, scales[name], _least(array.dtype, call.dtype, length))
+        if not error <= bound:
+            values = f"{array[index]!s} for {wanted[index]!s} at {index}" if index else "all"
+            return "result", name, f"{name}: {values}: error {error:.3g}, bound {bound:.3g}"
+    return None
+
+
+def _overflowed(got: np.ndarray, want: np.ndarray, bound: float) -> np.ndarray:
+    """What is wanted, where beyond the largest number of the result's dtype, is what came if that is as large."""
+    largest = float(ml_dtypes.finfo(got.dtype).max)
+    with np.errstate(all="ignore"):
+        wide = got.astype(np.float64)
+        beyond = (np.abs(want) > largest * (1 - 2 * bound)) & (np.abs(wide) > largest * (1 - 4 * bound))
+        beyond &= np.signbit(want) == np.signbit(wide)
+    return np.where(beyond, wide, want) if beyond.any() else want
+
+
+def _scales(call: DrawnCall) -> dict[str, np.ndarray]:
+    """The size of the sums: the largest of the reference's results with the signs of what is summed drawn anew."""
+    largest: dict[str, np.ndarray] = {}
+    summed = [name for name in call.sample.arrays if name not in call.op.coordinates]
+    for number in range(6):
+        rng = np.random.default_rng([*call.seed, number])
+        arrays = {
+            name: (np.abs(array) if number == 0 else array * rng.choice([-1, 1], array.shape)).astype(array.dtype)
+            if name in summed
+            else array
+            for name, array in call.sample.arrays.items()
+        }
+        grad = (call.grad_output * rng.choice([-1, 1], call.grad_output.shape)).astype(call.grad_output.dtype)
+        grad = np.abs(grad) if number == 0 else grad
+        other = dataclasses.replace(call, sample=dataclasses.replace(call.sample, arrays=arrays), grad_output=grad)
+        for name, array in _reference(other).items():
+            size = np.abs(array.astype(np.float64))
+            size = np.where(np.isfinite(size), size, 0).max(initial=0)
+            largest[name] = np.maximum(largest.get(name, np.float64(0)), size)
+    return largest
+
+
+def _least(storage: Any, dtype: str, length: float) -> float:
+    """What rounding may change in numbers that have no digits left: half a step of the result's, one of each term's."""
+    steps = [float(ml_dtypes.finfo(each).smallest_subnormal) for each in (storage, accumulator(DTYPES[dtype]))]
+    return steps[0] + 64 * max(1.0, length) * steps[1]
+
+
+def _error(got: np.ndarray, want: np.ndarray, scale: Any, least: float) -> tuple[float, tuple[int, ...]]:
+    """The worst element's error over the scale."""
+    got, want = got.astype(np.float64), want.astype(np.float64)
+    with np.errstate(all="ignore"):
+        same = (got == want) | (np.isnan(got) & np.isnan(want))
+        difference = np.where(same, 0.0, np.maximum(np.abs(got - want) - least, 0))
+    difference = np.where(np.isnan(difference), np.inf, difference)
+    worst = tuple(int(i) for i in np.unravel_index(int(np.argmax(difference)), got.shape))
+    if difference[worst] == 0:
+        return 0.0, worst
+    finite = max(float(scale), float(np.where(np.isfinite(want), np.abs(want), 0).max()))
+    return (float(difference[worst]) / finite if finite else np.inf), worst
+
+
+# ---------------------------------------------------------------- many calls
+
+
+def fuzz(
+    summary: Summary,
+    *,
+    ops: tuple[str, ...] = (),
+    backends: tuple[str, ...] = ("cpu",),
+    seconds: float | None = 60.0,
+    calls: int | None = None,
+    seed: int = 0,
+    values: str = "all",
+    guarded: bool = False,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> None:
+    """Draw calls and compare them until the time is over or so many calls are made; `summary` holds what was seen.
+
+    Parameters
+    ----------
+    summary : Summary
+        Filled while it runs, so that it is there also after an interrupt.
+    ops, backends : names
+        Empty `ops`: all.
+    seconds, calls : numbers or None
+        Where to stop: whichever is reached first.
+    seed : int
+    values : {"all", "finite"}
+        Whether arrays hold infinities and NaN now and then, as they do denormal and huge numbers.
+    guarded : bool
+        Whether all arrays and buffers of the CPU backend lie against unreadable pages; in a child process.
+    progress : function of (what, done, total), optional
+    """
+    start = time.monotonic()
+
+    def over() -> bool:
+        summary.seconds = time.monotonic() - start
+        enough = calls is not None and summary.calls >= calls
+        return enough or (seconds is not None and summary.seconds >= seconds) or len(summary.failures) >= MOST_FAILURES
+
+    table = _table(summary, ops or tuple(OPS), backends)
+    if not table:
+        return
+    number = 0
+    while not over():
+        events = _apart(table, seed, values, number) if guarded else _here(table, seed, values, number)
+        try:
+            for number, (call, backend, made, found) in events:
+                summary.count(call)
+                summary.calls += made
+                if found:
+                    progress(f"{call.op.name}: making a failure smaller", *_done(summary, seconds, calls))
+                    _keep_failure(summary, call, backend, found, values, guarded)
+                if over():
+                    break
+                if summary.drawn % 20 == 0:
+                    progress(_spoken(summary), *_done(summary, seconds, calls))
+        finally:
+            events.close()
+        number += 1
+    progress("", 1, 1)
+
+
+Event = tuple[int, tuple[DrawnCall, str, int, Any]]
+
+
+def _table(summary: Summary, ops: tuple[str, ...], backends: tuple[str, ...]) -> list[tuple[str, str]]:
+    table = []
+    for name in ops:
+        for backend in backends:
+            missing = not_written(OPS[name], backend)
+            if missing:
+                summary.skipped[f"{name} {backend}"] = missing
+            else:
+                table.append((name, backend))
+    return table
+
+
+def _done(summary: Summary, seconds: float | None, calls: int | None) -> tuple[int, int]:
+    if calls is not None:
+        return summary.calls, calls
+    return int(summary.seconds), int(seconds or 0)
+
+
+def _spoken(summary: Summary) -> str:
+    return f"{summary.calls} calls, {len(summary.failures)} failures"
+
+
+def _here(table: list[tuple[str, str]], seed: int, values: str, start: int, sides: tuple[str, ...] = ()) -> Iterator[Event]:
+    """Calls in this process, from number `start` on."""
+    with ExitStack() as stack:
+        set_threads = stack.enter_context(every_thread()) if any(b == "cpu" for _, b in table) else None
+        number = start
+        while True:
+            name, backend = table[number % len(table)]
+            call = drawn(OPS[name], (seed, number), values)
+            count: list[int] = []
+            found = wrong(call, backend, set_threads=set_threads if backend == "cpu" else None, sides=sides,
+                          made=count.append)  # fmt: skip
+            yield number, (call, backend, sum(count), found)
+            number += 1
+
+
+def _apart(table: list[tuple[str, str]], seed: int, values: str, start: int) -> Iterator[Event]:
+    """The same in a child process with guard pages; ends after a call that ended the child."""
+    shared = mmap.mmap(-1, 8)  # the number of the call that runs
+    shared[:] = struct.pack("q", start)
+
+    def work(send: Callable[[str], None]) -> None:
+        events = _here(table, seed, values, start, guard.SIDES)
+        for number, (_, backend, made, found) in events:
+            send(json.dumps([number, backend, made, found]))
+            shared[:] = struct.pack("q", number + 1)
+
+    for line in (lines := in_child(work)):
+        if isinstance(line, int):
+            (number,) = struct.unpack("q", shared[:])
+            name, backend = table[number % len(table)]
+            yield number, (drawn(OPS[name], (seed, number), values), backend, 0, ("fault", _ended(line), _ended(line)))
+            break
+        number, backend, made, found = json.loads(line)
+        name, _ = table[number % len(table)]
+        yield number, (drawn(OPS[name], (seed, number), values), backend, made, tuple(found) if found else None)
+    lines.close()
+
+
+def _ended(status: int) -> str:
+    if os.WIFSIGNALED(status):
+        return f"the process ended by {signal.Signals(os.WTERMSIG(status)).name}"
+    return f"the process ended with {os.waitstatus_to_exitcode(status)}"
+
+
+def in_child(work: Callable[[Callable[[str], None]], None]) -> Iterator[str | int]:
+    """The lines that `work` sends from a forked child, and last, if it was ended, its status."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
+            os.close(reading)
+            with os.fdopen(writing, "w") as pipe:
+                work(lambda line: print(line, file=pipe, flush=True))
+            status = 0
+        except BrokenPipeError:
+            status = 0
+        finally:
+            os._exit(status)
+    os.close(writing)
+    ended = False
+    try:
+        with os.fdopen(reading) as pipe:
+            for line in pipe:
+                if line.endswith("\n"):
+                    yield line
+        status, ended = os.waitpid(child, 0)[1], True
+        if status:
+            yield status
+    finally:
+        if not ended:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+
+
+# ---------------------------------------------------------------- a failure
+
+
+def repeat(recipe: dict[str, Any], backend: str, *, guarded: bool = False) -> tuple[str, str, str] | None:
+    """What is wrong with the call of a recipe, at every number of threads; None: nothing."""
+    call = repeated(recipe)
+
+    def found() -> tuple[str, str, str] | None:
+        with ExitStack() as stack:
+            set_threads = stack.enter_context(every_thread()) if backend == "cpu" else None
+            for number in range(3 if backend == "cpu" else 1):
+                one = dataclasses.replace(call, seed=(*call.seed[:-1], call.seed[-1] // 3 * 3 + number))
+                one = dataclasses.replace(one, sample=call.sample)
+                problem = wrong(one, backend, set_threads=set_threads, sides=guard.SIDES if guarded else ())
+                if problem:
+                    return problem
+        return None
+
+    if not guarded:
+        return found()
+    for line in in_child(lambda send: send(json.dumps(found()))):
+        if isinstance(line, int):
+            return "fault", _ended(line), _ended(line)
+        problem = json.loads(line)
+        if problem:
+            return tuple(problem)
+    return None
+
+
+def _keep_failure(
+    summary: Summary, call: DrawnCall, backend: str, found: tuple[str, str, str], values: str, guarded: bool
+) -> None:
+    failure = Failure(call.op.name, backend, *found[:2], call.recipe, reason=found[2])
+    summary.repeated[failure.key] += 1
+    if summary.repeated[failure.key] > 1:
+        return
+    small, reason = smaller(call, backend, found, guarded)
+    failure = dataclasses.replace(failure, recipe=small, reason=reason, command=command(small, backend, guarded))
+    summary.failures.append(failure)
+
+
+def command(recipe: dict[str, Any], backend: str, guarded: bool) -> str:
+    """What repeats a call."""
+    import shlex
+
+    text = f"dcn-check fuzz --backend {backend} --call {shlex.quote(json.dumps(recipe))}"
+    return f"{text} --guard" if guarded else text
+
+
+def smaller(
+    call: DrawnCall, backend: str, found: tuple[str, str, str], guarded: bool
+) -> tuple[dict[str, Any], str]:
+    """The recipe of a call that is wrong in the same way and of simpler choices, and what is wrong with it."""
+    recipe, reason, until = call.recipe, found[2], time.monotonic() + _SHRINKING_S
+    progress = True
+    while progress and time.monotonic() < until:
+        progress = False
+        current = repeated(recipe)
+        for name, value in list(recipe.items()):
+            if name in ("op", "seed"):
+                continue
+            for simpler in _simpler(value, current.options.get(name, ())):
+                if time.monotonic() > until:
+                    break
+                try:
+                    candidate = repeated({**recipe, name: simpler}).recipe
+                except Exception:  # no such call
+                    continue
+                if candidate == recipe:
+                    continue
+                problem = repeat(candidate, backend, guarded=guarded)
+                if problem and problem[:2] == found[:2]:
+                    recipe, reason, progress = candidate, problem[2], True
+                    break
+            if progress:
+                break
+    return recipe, reason
+
+
+def _simpler(value: Any, options: Any) -> list[Any]:
+    """Options before the value, the simplest first."""
+    before = list(dict.fromkeys(options))
+    before = before[: before.index(value)] if value in before else before[:1]
+    if len(before) > 4:
+        return [before[0], before[len(before) // 2], before[-1]]
+    return before
