@@ -168,6 +168,8 @@ class Laid:
 
 def laid(values: np.ndarray, layout: str, seed: tuple[int, ...]) -> Laid:
     """The values in a memory layout; "broadcast" repeats those of one index along an axis."""
+    if values.size == 0:
+        return Laid(values, np.empty(0, np.uint8))
     rng = np.random.default_rng([*seed, values.size])
     shape, itemsize, axes = values.shape, values.itemsize, values.ndim
     everything = layout == "any"
@@ -179,7 +181,7 @@ def laid(values: np.ndarray, layout: str, seed: tuple[int, ...]) -> Laid:
     strides, extent = [0] * axes, step  # in elements
     for axis in reversed(order):
         if axis == still:
-            values = np.broadcast_to(values.take([0], axis), shape) if shape[axis] else values
+            values = np.broadcast_to(values.take([0], axis), shape)
         else:
             strides[axis] = extent * int(signs[axis])
             extent *= shape[axis]
@@ -187,7 +189,7 @@ def laid(values: np.ndarray, layout: str, seed: tuple[int, ...]) -> Laid:
             strides[axis] = int(rng.choice([0, 1, -7, 1 << 40]))  # never walked
     steps = [(size - 1) * stride for size, stride in zip(shape, strides, strict=True) if size > 1]
     before = -sum(step for step in steps if step < 0)
-    length = (before + sum(step for step in steps if step > 0) + 1) * itemsize if values.size else 0
+    length = (before + sum(step for step in steps if step > 0) + 1) * itemsize
     memory = np.full(shift + length, _ROOM, np.uint8)
     array = np.ndarray(shape, values.dtype, memory, shift + before * itemsize, [s * itemsize for s in strides])
     one = (slice(None),) * max(still, 0) + (slice(0, 1),) if still >= 0 else ...
