@@ -321,9 +321,7 @@ def kernels(archs: tuple[str, ...], as_json: bool, wide: bool) -> None:
     type=click.Choice(BACKENDS),
     help="Repeatable. Default: all that are available but the reference.",
 )
-@click.option(
-    "--seconds", type=click.FloatRange(0, min_open=True), help="Where to stop. Default: 60, without --count."
-)
+@click.option("--seconds", type=click.FloatRange(0, min_open=True), help="Where to stop. Default: 60, without --count.")
 @click.option("--count", type=click.IntRange(1), metavar="N", help="Stop after so many calls.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of all that is drawn.")
 @click.option(
@@ -409,7 +407,9 @@ def _repeat(summary: Any, text: str, backends: tuple[str, ...], guard: bool) -> 
         summary.count(call)
         if found:
             line = fuzzing.command(call.recipe, backend, guard)
-            summary.failures.append(fuzzing.Failure(call.op.name, backend, found[0], found[1], call.recipe, line, found[2]))
+            summary.failures.append(
+                fuzzing.Failure(call.op.name, backend, found[0], found[1], call.recipe, line, found[2])
+            )
 
 
 def _finish_fuzz(

@@ -17,7 +17,6 @@ import ml_dtypes
 import numpy as np
 
 from dcn_kernels.check.calls import output_shape
-from dcn_kernels.dispatch import shapes
 from dcn_kernels.dispatch.row import Op, Sample
 from dcn_kernels.dtypes import DTYPES, HALVES, accumulator
 from dcn_kernels.ops.registry import OPS
@@ -80,7 +79,9 @@ def _of_samples(op: Op, choose: Choices) -> Sample:
     samples = _samples(op, choose.size("samples", 0, 3))
     sample = samples[choose.size("sample", 0, len(samples) - 1)]
     flags = {
-        name: choose.of(name, (False, True)) for name, value in sample.params.items() if isinstance(value, (bool, np.bool_))
+        name: choose.of(name, (False, True))
+        for name, value in sample.params.items()
+        if isinstance(value, (bool, np.bool_))
     }
     return Sample(dict(sample.arrays), {**sample.params, **flags})
 
@@ -110,6 +111,7 @@ def _call(op: Op, seed: tuple[int, ...], chosen: dict[str, Any] | None, special:
     subsets = [c for count in range(1, len(present)) for c in itertools.combinations(present, count)]
     wrt = choose.of("wrt", ("all", *("+".join(names) for names in subsets)))
     choose.of("out", ("fresh", "given"))
+    choose.of("threads", (2, 3, 7))  # on the CPU, compared with one
     for name in op.saved:
         choose.of(f"return_{name}", (False, True) if _returns(op, sample, name) else (False,))
     return DrawnCall(

@@ -374,6 +374,7 @@ DEFORM_ROI_POOL = Op(
     bytes=_bytes,
     gpu=GPU,
     check_values=shapes.check_rois,
+    sums_lines=True,
 )
 
 DEFORM_PS_ROI_POOL = Op(
@@ -401,4 +402,5 @@ DEFORM_PS_ROI_POOL = Op(
     bytes=_bytes,
     gpu=GPU,
     check_values=shapes.check_rois,
+    sums_lines=True,
 )

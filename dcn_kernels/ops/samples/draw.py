@@ -182,7 +182,10 @@ def drawn_rois(choose: Choices) -> tuple[tuple[int, int, int], np.ndarray, dict[
         corners = np.round(corners * 2) / 2
     rois = np.concatenate([choose.rng.integers(0, N, (R, 1)), corners], axis=1)
     output_size = choose.size("PH", 1, 4), choose.size("PW", 1, 4)
-    more = {"deterministic": choose.of("deterministic", (False, True)), "validate": choose.of("validate", (False, True))}
+    more = {
+        "deterministic": choose.of("deterministic", (False, True)),
+        "validate": choose.of("validate", (False, True)),
+    }
     return (N, H, W), rois, roi_params(output_size, scale, **more)
 
 
