@@ -266,7 +266,7 @@ def _compared(
         # sum with other signs, and of denormal numbers no less than what they are rounded to.
         if scales is None:
             scales = _scales(call)
-        error, index = _error(array, wanted, scales[name], _least(array.dtype, call.dtype, length))
+        error, index = _error(array, wanted, scales[name], _least(call, array.dtype, length))
         if not error <= bound:
             values = f"{array[index]!s} for {wanted[index]!s} at {index}" if index else "all"
             return "result", name, f"{name}: {values}: error {error:.3g}, bound {bound:.3g}"
@@ -305,10 +305,15 @@ def _scales(call: DrawnCall) -> dict[str, np.ndarray]:
     return largest
 
 
-def _least(storage: Any, dtype: str, length: float) -> float:
-    """What rounding may change in numbers that have no digits left: half a step of the result's, one of each term's."""
-    steps = [float(ml_dtypes.finfo(each).smallest_subnormal) for each in (storage, accumulator(DTYPES[dtype]))]
-    return steps[0] + 64 * max(1.0, length) * steps[1]
+def _least(call: DrawnCall, storage: Any, length: float) -> float:
+    """What rounding may change in numbers that have no digits left: a step of the result's, and one of each term's.
+
+    A huge factor makes a term's step as much larger, if it comes after the rounding.
+    """
+    steps = [float(ml_dtypes.finfo(each).smallest_subnormal) for each in (storage, accumulator(DTYPES[call.dtype]))]
+    arrays = [array.astype(np.float64) for array in (call.grad_output, *call.sample.arrays.values())]
+    factor = max(float(np.abs(array[np.isfinite(array)]).max(initial=1)) for array in arrays)
+    return steps[0] + 64 * max(1.0, length) * steps[1] * factor
 
 
 def _error(got: np.ndarray, want: np.ndarray, scale: Any, least: float) -> tuple[float, tuple[int, ...]]:
