@@ -179,7 +179,7 @@ def laid(values: np.ndarray, layout: str, seed: tuple[int, ...]) -> Laid:
     step = int(rng.integers(2, 4)) if layout == "stepped" or (everything and rng.integers(2)) else 1
     signs = rng.choice([-1, 1], axes) if layout == "negative" or everything else np.ones(axes, int)
     still = int(rng.integers(axes)) if layout == "broadcast" else -1
-    shift = int(rng.integers(1, itemsize)) if layout == "unaligned" or (everything and rng.integers(2)) else 0
+    shift = int(rng.integers(1, itemsize)) if layout == "unaligned" else 0
     strides, extent = [0] * axes, step  # in elements
     for axis in reversed(order):
         if axis == still:

@@ -55,7 +55,8 @@ def offset_sample2d(
 
     Notes
     -----
-    With ``OG = C`` and border "edge" this is ConvOffset2D of pytorch-deform-conv.
+    With ``OG = C`` and border "edge" this is ConvOffset2D of pytorch-deform-conv. NaN and infinite coordinates and
+    pixels: as `deform_conv2d`.
 
     Examples
     --------
@@ -102,6 +103,10 @@ def offset_sample2d_backward(
     ------
     ValueError, TypeError
         As `offset_sample2d`.
+
+    Notes
+    -----
+    Derivatives on pixel lines, NaN and infinite values, repeatability: as `deform_conv2d_backward`.
 
     Examples
     --------
