@@ -153,9 +153,9 @@ def deform_roi_pool_backward(
     The gradient of an offset is the right-hand derivative of the forward, 0 where a coordinate is clamped ("rfcn": 0
     also at whole pixels). mmcv's own is wrong wherever a coordinate is clamped. A bin with a NaN offset adds nothing
     to the input's gradient and makes both its offset gradients NaN. A NaN or infinite `grad_output` or mask makes NaN
-    what it multiplies, also where that is 0. A bin's samples are summed along each axis before a pixel is read: a NaN or
-    infinite pixel may make the gradients of its bin's offsets and mask NaN also where the sample's own part is 0. On a
-    GPU sums are made with atomics in no fixed order unless ``deterministic=True``.
+    what it multiplies, also where that is 0. A bin's samples are summed along each axis before a pixel is read: a pixel
+    that is not finite may make the gradients of its bin's offsets and mask NaN also where a rule holds a part at 0. On
+    a GPU sums are made with atomics in no fixed order unless ``deterministic=True``.
 
     Examples
     --------
