@@ -10,8 +10,8 @@ from conftest import has_kernels
 from cuda_host.host import SCHEDULES, HostDevice, Library
 
 from dcn_kernels import OPS
-from dcn_kernels.check import fuzz
 from dcn_kernels.check.drawn_calls import drawn
+from dcn_kernels.check.wrong_calls import wrong
 from dcn_kernels.dispatch.row import Op
 from dcn_kernels.dtypes import DTYPES, HALVES
 
@@ -39,7 +39,7 @@ def failures(library: Library, op: Op, seed: int, count: int, values: str) -> li
         slack = 2**0.5 if DTYPES[call.dtype] in HALVES else 1.0
         with pytest.MonkeyPatch.context() as patch:
             host.install(HostDevice(library, **how), patch)
-            problem = fuzz.wrong(call, host.NAME, slack=slack)
+            problem = wrong(call, host.NAME, slack=slack)
         if problem:
             found.append(f"{problem} {how} {call.recipe}")
     return found

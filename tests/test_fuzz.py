@@ -22,6 +22,7 @@ import dcn_kernels.cpu.offset_sample as cpu_offset_sample
 from dcn_kernels.check import fuzz, guard
 from dcn_kernels.check.drawn_calls import LAYOUTS, SPECIAL, drawn, laid, repeated
 from dcn_kernels.check.planted_faults import planted
+from dcn_kernels.check.wrong_calls import wrong
 from dcn_kernels.dtypes import DTYPES
 from dcn_kernels.environment import why_not
 from dcn_kernels.ops.registry import OPS
@@ -87,7 +88,7 @@ def test_a_row_that_draws_nothing_is_fuzzed_with_the_shapes_of_its_samples() -> 
     calls = [drawn(bare, (4, number)) for number in range(40)]
     assert {call.sample.params["mode"] for call in calls} == {"max", "avg"}
     assert len({call.dtype for call in calls}) == 4
-    assert [problem for call in calls if (problem := fuzz.wrong(call, "reference"))] == []
+    assert [problem for call in calls if (problem := wrong(call, "reference"))] == []
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -147,7 +148,7 @@ def test_a_planted_fault_is_found_made_smaller_and_repeated(op: str, argument: s
 def fuzz_fails(call: Any, op: str, argument: str, fault: str) -> bool:
     """The planted fault shows in this call."""
     with planted(OPS[op], "cpu", argument, fault):
-        return fuzz.wrong(call, "cpu") is not None
+        return wrong(call, "cpu") is not None
 
 
 @pytest.mark.parametrize(
@@ -211,8 +212,7 @@ def test_an_array_lies_against_a_page_that_cannot_be_touched(side: str, shape: t
 @pytest.mark.parametrize("side", guard.SIDES)
 def test_a_planted_access_outside_an_array_is_caught(monkeypatch: pytest.MonkeyPatch, what: str, side: str) -> None:
     """Of an input, a result and a buffer, in the backward of a call with an array as plain as possible."""
-    right, allocate = cpu_offset_sample.offset_sample2d_backward, cpu_offset_sample.workspace.allocate
-    fault = cpu_offset_sample.__name__
+    right = cpu_offset_sample.offset_sample2d_backward
 
     def touch(array: np.ndarray) -> None:
         if array.size and array.flags.c_contiguous:
@@ -236,7 +236,7 @@ def test_a_planted_access_outside_an_array_is_caught(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(cpu_offset_sample, "offset_sample2d_backward", overrun)
     result = run("--op", "offset_sample2d", "--guard", "--count", "40", "--seconds", "60", "--seed", "2")
-    assert result.exit_code == 1, (result.output, fault, allocate)
+    assert result.exit_code == 1, result.output
     assert "FAIL offset_sample2d cpu: fault: the process ended by SIGSEGV" in result.stdout
     command = commands(result)[0]
     assert command[-1] == "--guard" and run(*command).exit_code == 1

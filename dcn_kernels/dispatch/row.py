@@ -40,7 +40,7 @@ class Op:
     flops: Callable[[Sizes, str], float]  # (sizes, direction) -> floating-point operations
     bytes: Callable[[Sizes, str, int], float]  # (sizes, direction, itemsize) -> compulsory traffic
     scatters: bool = True  # the backward adds into shared elements, so `deterministic` matters
-    sums_lines: bool = False  # a bin's samples are summed along each axis first: see what this allows in check/fuzz.py
+    sums_lines: bool = False  # a bin's samples are summed along each axis first: see check/wrong_calls.py
     zero_sizes: tuple[str, ...] = field(default=("N", "R"))  # sizes that may be 0
     saved: dict[str, str] = field(default_factory=dict)  # int64 arrays that the forward gives with return_<name>=True
     gpu: dict[str, tuple[str, ...]] = field(default_factory=dict)  # what only a GPU takes -> directions that take it
