@@ -30,6 +30,11 @@ from dcn_kernels.ops.registry import OPS
 GUARDED = pytest.mark.skipif(bool(guard.why_not()), reason=guard.why_not())
 
 
+@pytest.fixture(autouse=True)
+def little_time_to_make_a_failure_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fuzz, "SHRINKING_S", 5.0)
+
+
 def run(*arguments: str) -> Result:
     """The command in this process; a traceback fails the test."""
     result = CliRunner().invoke(main, ["fuzz", *arguments])

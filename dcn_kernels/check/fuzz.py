@@ -28,7 +28,7 @@ from dcn_kernels.check.wrong_calls import Problem, every_thread, wrong
 from dcn_kernels.ops.registry import OPS
 
 MOST_FAILURES = 10
-_SHRINKING_S = 30.0  # a failure is made smaller for as long
+SHRINKING_S = 30.0  # a failure is made smaller for as long
 
 
 @dataclass
@@ -277,7 +277,7 @@ def command(recipe: dict[str, Any], backend: str, guarded: bool) -> str:
 
 def smaller(call: DrawnCall, backend: str, found: Problem, guarded: bool) -> tuple[dict[str, Any], str]:
     """The recipe of a call that is wrong in the same way and of simpler choices, and what is wrong with it."""
-    recipe, reason, until = call.recipe, found[2], time.monotonic() + _SHRINKING_S
+    recipe, reason, until = call.recipe, found[2], time.monotonic() + SHRINKING_S
     progress = True
     while progress and time.monotonic() < until:
         progress = False
