@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 TEST_ARGS ?= -m 'not slow'
 FRAMEWORKS ?= torch jax scikit-learn onnx onnxscript onnxruntime
 
-.PHONY: help setup profile test test-frameworks test-torchvision lint clean
+.PHONY: help setup profile test test-frameworks test-torchvision lint fuzz clean
 
 help: ## What can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -55,6 +55,14 @@ lint: $(VENV)/.linters ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# FUZZ_SEED: of the day, so that every night draws other calls; a failure prints the command that repeats it.
+FUZZ_SECONDS ?= 3600
+FUZZ_SEED ?= $(shell date +%Y%m%d)
+
+fuzz: $(INSTALLED) ## An hour of drawn calls on the CPU, for the night: half of it with guard pages (FUZZ_SECONDS=3600)
+	$(BIN)/dcn-check fuzz --seed $(FUZZ_SEED) --seconds $$(( $(FUZZ_SECONDS) / 2 ))
+	$(BIN)/dcn-check fuzz --seed $(FUZZ_SEED) --seconds $$(( $(FUZZ_SECONDS) / 2 )) --guard
 
 clean: ## Remove the virtual environment and all caches
 	rm -rf $(VENV) $(VENV)-torchvision build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
