@@ -83,7 +83,7 @@ def check_installed(folder: Path, installed: Path, where: Path) -> None:
     expected = {("dcn_kernels", "py.typed")}
     for source, package in (("dcn_kernels", ""), ("cli", ".cli")):
         for path in (ROOT / source).rglob("*"):
-            if path.suffix in (".py", ".cu", ".cuh"):
+            if path.suffix in (".py", ".cu", ".cuh", ".css", ".js"):
                 inner = ".".join(path.relative_to(ROOT / source).parts[:-1])
                 expected.add((f"dcn_kernels{package}" + (f".{inner}" if inner else ""), path.name))
     assert any(name.endswith(".cu") for _, name in expected)

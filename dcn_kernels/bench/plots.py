@@ -5,13 +5,15 @@ from __future__ import annotations
 import io
 from typing import Any
 
+import numpy as np
+
 from dcn_kernels.bench.record import PLAIN, Record, key, machine
 
 # Okabe and Ito's colours: told apart also by the colour-blind
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000", "#999999")
 
 
-def draw(records: dict[str, Record], what: str, kind: str) -> bytes:
+def draw(records: dict[str, Record], what: str, kind: str, *, ink: str = "#000000", tips: bool = False) -> bytes:
     """A picture of records by name.
 
     Parameters
@@ -21,6 +23,10 @@ def draw(records: dict[str, Record], what: str, kind: str) -> bytes:
         Time by layer and backend beside the peers; temporary memory by layer; speed-up by number of threads; time
         against arithmetic, where what costs in proportion lies on a line.
     kind : {"png", "svg", "pdf"}
+    ink : str
+        Colour of text and lines.
+    tips : bool
+        Of an SVG: the id of each mark that was measured is "tip:" and a line that tells its numbers.
 
     Raises
     ------
@@ -34,12 +40,32 @@ def draw(records: dict[str, Record], what: str, kind: str) -> bytes:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    with plt.style.context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
+    look: dict[str, Any] = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
+    if tips:  # for a page: its own type, nothing beneath, and the same file for the same records
+        look |= {"svg.fonttype": "none", "svg.hashsalt": "dcn-kernels", "font.family": "sans-serif"}
+        look |= dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"), ink)
+    with plt.style.context(look):
         figure = {"speed": _speed, "memory": _memory, "scaling": _scaling, "cost": _cost}[what](plt, records)
+        if not tips:
+            _forget_tips(figure)
         buffer = io.BytesIO()
-        figure.savefig(buffer, format=kind, dpi=130, bbox_inches="tight")
+        figure.savefig(buffer, format=kind, dpi=130, bbox_inches="tight", transparent=tips)
         plt.close(figure)
     return buffer.getvalue()
+
+
+def _forget_tips(figure: Any) -> None:
+    for artist in figure.findobj(lambda artist: str(artist.get_gid() or "").startswith("tip:")):
+        artist.set_gid(None)
+
+
+def told(series: str, place: str, found: dict[str, Any]) -> str:
+    """One line of a row of ours or of a peer: whose, of what, its median and quartiles."""
+    low, high = np.percentile(found["samples_ms"], [25, 75])
+    return (
+        f"{series}, {' '.join(place.split())}: median {found['median_ms']:.4g} ms, quartiles {low:.4g} to {high:.4g}, "
+        f"{len(found['samples_ms'])} samples"
+    )
 
 
 def _suffix(records: dict[str, Record], name: str) -> str:
@@ -64,8 +90,11 @@ def _place(row: dict[str, Any]) -> str:
     return f"{row['layer']}  {row['op']}" + ("" if row["offsets"] == "none" else f"\n{row['offsets']} offsets")
 
 
-def _bars(plt: Any, panels: dict[str, dict[str, dict[str, float]]], unit: str, title: str, log: bool) -> Any:
-    """Horizontal bars: panel -> place -> series -> value."""
+Panels = dict[str, dict[str, dict[str, tuple[float, str]]]]  # panel -> place -> series -> (value, what it tells)
+
+
+def _bars(plt: Any, panels: Panels, unit: str, title: str, log: bool) -> Any:
+    """Horizontal bars."""
     from matplotlib import ticker
     from matplotlib.patches import Patch
 
@@ -78,13 +107,15 @@ def _bars(plt: Any, panels: dict[str, dict[str, dict[str, float]]], unit: str, t
     thick = 0.8 / len(series)
     colours = {name: _COLOURS[number % len(_COLOURS)] for number, name in enumerate(series)}
     for axis, (panel, groups) in zip(axes[0], panels.items(), strict=True):
-        values = [value for bars in groups.values() for value in bars.values()]
+        values = [value for bars in groups.values() for value, _ in bars.values()]
         for place, bars in groups.items():
             present = [name for name in series if name in bars]
-            long = [bars[name] for name in present]
+            long = [bars[name][0] for name in present]
             first = places.index(place) - (len(present) - 1) / 2 * thick  # bars side by side, whichever are missing
             at = [first + number * thick for number in range(len(present))]
             drawn = axis.barh(at, long, thick * 0.92, color=[colours[name] for name in present])
+            for bar, name in zip(drawn, present, strict=True):
+                bar.set_gid(f"tip:{bars[name][1]}")
             labels = [f"{value:.3g}" if value < 100 else f"{value:.0f}" for value in long]
             axis.bar_label(drawn, labels, padding=2, fontsize=8)
         if log:
@@ -131,24 +162,27 @@ def _most_threads(records: dict[str, Record]) -> dict[str, Record]:
 
 
 def _speed(plt: Any, records: dict[str, Record]) -> Any:
-    panels: dict[str, dict[str, dict[str, float]]] = {}
+    panels: Panels = {}
     records = _most_threads(records)
     for name, record in records.items():
         for row in record["rows"]:
             bars = panels.setdefault(row["direction"], {}).setdefault(_place(row), {})
-            bars[_series(records, row, name)] = row["median_ms"]
+            ours = _series(records, row, name)
+            bars[ours] = row["median_ms"], told(ours, _place(row), row)
             for peer, theirs in row["against"].items():
-                bars[PLAIN.get(peer, peer) + _suffix(records, name)] = theirs["median_ms"]
+                series = PLAIN.get(peer, peer) + _suffix(records, name)
+                bars[series] = theirs["median_ms"], told(series, _place(row), theirs)
     return _bars(plt, panels, "milliseconds, median (log scale; shorter is better)", _where(records), log=True)
 
 
 def _memory(plt: Any, records: dict[str, Record]) -> Any:
-    panels: dict[str, dict[str, dict[str, float]]] = {}
+    panels: Panels = {}
     for name, record in records.items():
         for row in record["rows"]:
             if row["temp_bytes"] is not None:
                 bars = panels.setdefault(row["direction"], {}).setdefault(_place(row), {})
-                bars[_series(records, row, name)] = row["temp_bytes"] / 1e6
+                series, size = _series(records, row, name), row["temp_bytes"] / 1e6
+                bars[series] = size, f"{series}, {' '.join(_place(row).split())}: {size:.1f} MB"
     if not panels:
         raise ValueError("the records hold no temporary memory to draw")
     return _bars(plt, panels, "temporary memory of a call, MB", _where(records), log=False)
