@@ -58,13 +58,13 @@ def _head(records: dict[str, Record]) -> str:
     rows = []
     for name, record in records.items():
         device, settings = record["device"], record["settings"]
-        busy = load(record)
+        busy, found = load(record), settings.get("blas")
+        blas = " ".join(map(str, found.values())) if isinstance(found, dict) else str(found or "")
         versions = ", ".join(f"{package} {version}" for package, version in record["versions"].items())
         rows.append(
             [name, str(device.get("gpu") or device["cpu"]), f"{device['cores']} cores", record["created"][:16],
              (record["commit"][:8] or "none") + (" and changes" if record["dirty"] else ""),
-             ", ".join(settings["backends"]), str(settings.get("blas", "")), f"{busy:.1f}" if busy else "quiet",
-             versions]
+             ", ".join(settings["backends"]), blas, f"{busy:.1f}" if busy else "quiet", versions]
         )  # fmt: skip
     columns = ["record", "machine", "cores", "measured, UTC", "commit", "backends", "BLAS", "load before", "versions"]
     return (
@@ -121,9 +121,7 @@ def _inline(svg: str, prefix: str) -> str:
     svg = re.sub(r'<g id="tip:([^"]*)">', r'<g data-tip="\1" tabindex="0" role="img" aria-label="\1">', svg)
     svg = re.sub(r'\bid="', f'id="{prefix}', svg)
     svg = re.sub(r'(href="#|url\(#)', rf"\g<1>{prefix}", svg)
-    svg = re.sub(
-        r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" xmlns:xlink="http://www.w3.org/1999/xlink">', svg
-    )
+    svg = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1">', svg).replace("xlink:href=", "href=")
     return svg.replace(_INK, "currentColor").replace("#000000", "currentColor")
 
 
