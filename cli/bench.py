@@ -488,7 +488,8 @@ def _read(path: str) -> dict[str, Any]:
 
 @main.command()
 @click.argument("records", nargs=-1, required=True)
-@click.option("-o", "--output", required=True, metavar="FILE.png", help="Picture to write (.png, .svg or .pdf).")
+@click.option("-o", "--output", required=True, metavar="FILE.png", help="Picture to write (.png, .svg, .pdf); of "
+              "speed also .md, a table of its numbers.")  # fmt: skip
 @click.option(
     "--what",
     type=click.Choice(["speed", "memory", "scaling", "cost"]),
@@ -502,18 +503,24 @@ def plot(records: tuple[str, ...], output: str, what: str) -> None:
     \b
     Examples:
       dcn-bench plot run.json -o speed.png
+      dcn-bench plot run.json -o speed.md
       dcn-bench plot run.json -o memory.png --what memory
       dcn-bench plot one.json two.json -o scaling.svg --what scaling
     """
-    if Path(output).suffix not in (".png", ".svg", ".pdf"):
-        console.fail(f"--output: expected a name that ends in .png, .svg, .pdf, got {output!r}")
+    kinds = (".png", ".svg", ".pdf", ".md")
+    if Path(output).suffix not in kinds:
+        console.fail(f"--output: expected a name that ends in {', '.join(kinds)}, got {output!r}")
+    in_words = Path(output).suffix == ".md"
+    if in_words and what != "speed":
+        console.fail(f"--output: a table is made of --what speed alone, got --what {what}")
     console.check_writable(output)
     read = _read_all(records)
-    _require_matplotlib("plot")
+    if not in_words:
+        _require_matplotlib("plot")
     from dcn_kernels.bench import plots
 
     try:
-        picture = plots.draw(read, what, Path(output).suffix[1:])
+        picture = plots.table(read).encode() if in_words else plots.draw(read, what, Path(output).suffix[1:])
     except ValueError as error:
         console.fail(str(error))
     console.write_bytes(output, picture)

@@ -200,7 +200,9 @@ def seen(text: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     whole = json.dumps(text).replace("</", "<\\/").replace("<!--", "<\\!--")
     listen = "window.seenErrors = []; addEventListener('error', (event) => window.seenErrors.push(event.message));"
     page = text.replace("<title>", f"<script>{listen}</script><title>", 1)
-    page = page.replace("</body>", f"<script>window.wholePage = {whole};</script><script>{{ {ACTIONS} }}</script></body>")
+    page = page.replace(
+        "</body>", f"<script>window.wholePage = {whole};</script><script>{{ {ACTIONS} }}</script></body>"
+    )
     folder = tmp_path_factory.mktemp("browser")
     (folder / "page.html").write_text(page, encoding="utf-8")
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",

@@ -106,7 +106,7 @@ def _bars(plt: Any, panels: Panels, unit: str, title: str, log: bool) -> Any:
     )
     thick = 0.8 / len(series)
     colours = {name: _COLOURS[number % len(_COLOURS)] for number, name in enumerate(series)}
-    for axis, (panel, groups) in zip(axes[0], panels.items(), strict=True):
+    for axis, (panel, groups) in zip(axes[0], sorted(panels.items(), reverse=True), strict=True):
         values = [value for bars in groups.values() for value, _ in bars.values()]
         for place, bars in groups.items():
             present = [name for name in series if name in bars]
@@ -175,6 +175,37 @@ def _speed(plt: Any, records: dict[str, Record]) -> Any:
     return _bars(plt, panels, "milliseconds, median (log scale; shorter is better)", _where(records), log=True)
 
 
+def table(records: dict[str, Record]) -> str:
+    """The numbers of the picture of speed as Markdown: each layer, and how many times as long each peer takes.
+
+    Raises
+    ------
+    ValueError
+        The records hold no row with a peer beside it.
+    """
+    records = _most_threads(records)
+    rows = [row for record in records.values() for row in record["rows"] if row["against"]]
+    if not rows:
+        raise ValueError("the records hold no row with a peer beside it")
+    directions = [word for word in ("forward", "backward") if any(row["direction"] == word for row in rows)]
+    peers = {word: list(dict.fromkeys(p for row in rows if row["direction"] == word for p in row["against"]))
+             for word in directions}  # fmt: skip
+    columns = ["layer"]
+    for word in directions:
+        columns += [f"{word}, ms", *(PLAIN.get(peer, peer) for peer in peers[word])]
+    lines = [columns, ["---", *["---:"] * (len(columns) - 1)]]
+    for place in dict.fromkeys(_place(row) for row in rows):
+        line = [" ".join(place.split())]
+        for word in directions:
+            found = next((row for row in rows if _place(row) == place and row["direction"] == word), None)
+            line.append("" if found is None else f"{found['median_ms']:.3g}")
+            for peer in peers[word]:
+                theirs = found and found["against"].get(peer)
+                line.append(f"{theirs['ratio']:.2f}x" if theirs else "")
+        lines.append(line)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
 def _memory(plt: Any, records: dict[str, Record]) -> Any:
     panels: Panels = {}
     for name, record in records.items():
@@ -230,14 +261,11 @@ def _cost(plt: Any, records: dict[str, Record]) -> Any:
     figure, axes = plt.subplots(1, len(panels), figsize=(6.4 * len(panels), 5.2), squeeze=False)
     for axis, (panel, found) in zip(axes[0], sorted(panels.items(), reverse=True), strict=True):
         for number, (label, points) in enumerate(found.items()):
-            gflop, ms, layers = zip(*sorted(points), strict=True)
+            gflop, ms, _ = zip(*sorted(points), strict=True)
             colour = _COLOURS[number % len(_COLOURS)]
             axis.plot(gflop, ms, "os^Dv"[number % 5], markersize=5, label=label, color=colour, alpha=0.8)
             rate = sorted(m / g for m, g in zip(ms, gflop, strict=True))[len(ms) // 2]
             axis.plot(gflop, [rate * g for g in gflop], ":", color=colour, linewidth=1)
-            if number == 0:
-                for x, y, layer in zip(gflop, ms, layers, strict=True):
-                    axis.annotate(layer, (x, y), (-4, 5), textcoords="offset points", fontsize=7, ha="right")
         axis.plot([], [], ":", color="0.5", label="in proportion (the median rate)")
         axis.set_xscale("log")
         axis.set_yscale("log")
@@ -248,4 +276,58 @@ def _cost(plt: Any, records: dict[str, Record]) -> Any:
         axis.legend(fontsize=9, frameon=False, loc="upper left")
     figure.suptitle(_where(records), x=0.01, ha="left", fontsize=11)
     figure.tight_layout()
+    for axis, (_, found) in zip(axes[0], sorted(panels.items(), reverse=True), strict=True):  # the layout is final
+        _name_points(
+            figure, axis, next(iter(found.values())), [(x, y) for every in found.values() for x, y, _ in every]
+        )
     return figure
+
+
+def _name_points(
+    figure: Any, axis: Any, named: list[tuple[float, float, str]], marks: list[tuple[float, float]]
+) -> None:
+    """Write the names of points beside them, each where it covers no mark, no other name and no legend.
+
+    Nor is a name nearer to another named point than to its own.
+    """
+    from matplotlib.text import Text
+    from matplotlib.transforms import Bbox
+
+    renderer, point = figure.canvas.get_renderer(), figure.dpi / 72
+    taken = [Bbox.from_bounds(x - 4 * point, y - 4 * point, 8 * point, 8 * point)
+             for x, y in axis.transData.transform(marks)]  # fmt: skip
+    taken.append(axis.get_legend().get_window_extent(renderer))
+    at = axis.transData.transform([(x, y) for x, y, _ in named])
+    for own, (x, y, name) in sorted(zip(at, named, strict=True), key=lambda pair: pair[1]):
+        text = axis.annotate(name, (x, y), (0, 0), textcoords="offset points", fontsize=7, va="center")
+        best, least = (0.0, 0.0, "left"), np.inf
+        for far in (6, 12, 20, 30):
+            for dx, dy in ((-1, 0.7), (1, -0.7), (-1, 0), (1, 0), (-1, -0.7), (1, 0.7), (0, 1.4), (0, -1.4)):
+                place = (far * dx, far * dy, {-1: "right", 0: "center", 1: "left"}[dx])
+                text.set(position=place[:2], ha=place[2])
+                box = text.get_window_extent(renderer)
+                covered = sum(_shared(box, other) for other in taken)
+                covered += box.width * box.height - _shared(box, axis.bbox)
+                covered += _distance(box, own) > min(_distance(box, other) for other in at)
+                if covered < least:
+                    best, least = place, covered
+            if least == 0:
+                break
+        text.set(position=best[:2], ha=best[2])
+        if max(map(abs, best[:2])) > 12:  # which point it names is no longer plain
+            text.remove()
+            line = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.6, "shrinkB": 3}
+            text = axis.annotate(name, (x, y), best[:2], textcoords="offset points", fontsize=7, va="center",
+                                 ha=best[2], arrowprops=line)  # fmt: skip
+        taken.append(Text.get_window_extent(text, renderer))  # without the line
+
+
+def _distance(box: Any, mark: Any) -> float:
+    """From a box to a point outside it."""
+    return float(np.hypot(*(mark - np.clip(mark, box.min, box.max))))
+
+
+def _shared(a: Any, b: Any) -> float:
+    """The area that two boxes share."""
+    width, height = min(a.x1, b.x1) - max(a.x0, b.x0), min(a.y1, b.y1) - max(a.y0, b.y0)
+    return max(0.0, width) * max(0.0, height)
