@@ -34,7 +34,6 @@ html_theme = "pydata_sphinx_theme"  # NumPy's, SciPy's and CuPy's
 html_title = "dcn-kernels"
 html_static_path = ["_static"]
 html_css_files = ["tables.css"]
-# html_extra_path = ["_reports"]
 html_show_sourcelink = False
 html_theme_options = {"show_prev_next": True, "navigation_with_keys": False, "secondary_sidebar_items": ["page-toc"]}
 
