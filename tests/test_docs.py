@@ -119,7 +119,8 @@ def operator_line(op: Any) -> str:
 
 def test_links_between_pages_and_to_pictures_lead_somewhere() -> None:
     made = ("made/borders.svg", "made/corners.svg")
-    for name, text in PAGES.items():
+    beside = {f"../{name}": (ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")}
+    for name, text in {**PAGES, **beside}.items():
         for target in re.findall(r"\]\(([^)#]+)\)", text):
             if not target.startswith("http") and target not in made:
                 assert (DOCS / name).parent.joinpath(target).exists(), f"{name}: {target}"
