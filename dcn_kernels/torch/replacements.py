@@ -184,6 +184,8 @@ RULES: dict[str, Rule] = {
     "DCN": Rule(OffsetMaskDeformConv2d, ((),), CONV, ("conv_offset_mask",), adds=PLAIN),
 }
 
+_OURS = ("dcn_kernels.torch.layers", "dcn_kernels.torch.roi_layers")
+
 
 def _why_not(module: nn.Module, rule: Rule) -> str:
     """Why a layer whose class has a known name is not replaced; "" where it is."""
@@ -269,7 +271,8 @@ def replace_layers(model: nn.Module) -> nn.Module:
             return done[module]
         kind = type(module)
         name = f"{kind.__module__}.{kind.__qualname__}"
-        rule = None if kind.__module__.startswith("dcn_kernels.") else RULES.get(kind.__name__)
+        ours = kind.__module__ in _OURS or any(kind is each.layer for each in RULES.values())
+        rule = None if ours else RULES.get(kind.__name__)
         reason = _why_not(module, rule) if rule is not None else ""
         new = module
         if reason:
