@@ -108,7 +108,7 @@ def fuzz(
 
     def over() -> bool:
         summary.seconds = time.monotonic() - start
-        enough = calls is not None and summary.calls >= calls
+        enough = calls is not None and max(summary.calls, summary.drawn) >= calls  # also where none is reached
         return enough or (seconds is not None and summary.seconds >= seconds) or len(summary.failures) >= MOST_FAILURES
 
     table = _table(summary, ops or tuple(OPS), backends)
@@ -189,7 +189,7 @@ def _apart(table: list[tuple[str, str]], seed: int, values: str, start: int) -> 
         if isinstance(line, int):
             (number,) = struct.unpack("q", shared[:])
             name, backend = table[number % len(table)]
-            yield number, (drawn(OPS[name], (seed, number), values), backend, 0, ("fault", _ended(line), _ended(line)))
+            yield number, (drawn(OPS[name], (seed, number), values), backend, 2, ("fault", _ended(line), _ended(line)))
             break
         number, backend, made, found = json.loads(line)
         name, _ = table[number % len(table)]
