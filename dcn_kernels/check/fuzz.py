@@ -7,6 +7,7 @@ long as it is wrong in the same way.
 
 from __future__ import annotations
 
+import faulthandler
 import itertools
 import json
 import mmap
@@ -211,6 +212,7 @@ def in_child(work: Callable[[Callable[[str], None]], None]) -> Generator[str | i
         status = 1
         try:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
+            faulthandler.disable()  # and reports a fault
             os.close(reading)
             with os.fdopen(writing, "w") as pipe:
                 work(lambda line: print(line, file=pipe, flush=True))
