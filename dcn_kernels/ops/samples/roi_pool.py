@@ -15,6 +15,7 @@ from dcn_kernels.ops.samples.draw import (
     drawn_channels,
     drawn_rois,
     roi_inputs,
+    roi_layer_call,
     roi_params,
     values,
 )
@@ -126,6 +127,5 @@ def ps_roi_align_drawn(choose: Choices) -> Sample:
 
 
 def roi_layer(layer: dict[str, Any], *, offsets: str = "random", spread: float = 1.0, seed: int = 0) -> Sample:
-    """Inputs of a layer of an operator without offsets; its other parameters are in layer["params"]."""
-    arrays = roi_inputs(layer, seed)[1]
-    return Sample(arrays, roi_params(layer["output_size"], layer["spatial_scale"], **layer["params"]), offsets)
+    """Inputs of a layer of an operator without offsets."""
+    return Sample(roi_inputs(layer, seed)[1], roi_layer_call(layer)[1], offsets)
