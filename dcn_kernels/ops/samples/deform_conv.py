@@ -117,10 +117,9 @@ def deform_conv2d_drawn(choose: Choices) -> Sample:
     least = [max(1, d * (k - 1) + 1 - 2 * p) for d, k, p in zip(dilation, kernel, padding, strict=True)]
     H, W = choose.length("H", least[0]), choose.length("W", least[1])
     mask, bias = choose.of("mask", (False, True)), choose.of("bias", (False, True))
-    arrays, params = _deform_conv2d_arrays(
-        choose.rng, (N, C, H, W), O, kernel, groups, OG, stride, padding, dilation, mask=mask, bias=bias
-    )
-    arrays["offset"] = drawn_positions(choose, "offset", arrays["offset"])
+    shapes, params = _call((N, C, H, W), O, kernel, groups, OG, stride, padding, dilation)
+    arrays = _arrays(choose.rng, shapes, mask=mask, bias=bias)
+    arrays["offset"] = drawn_positions(choose, "offset", shapes["offset"])
     for name, options in (
         ("border", ("zeros", "msra", "edge")),
         ("precision", ("float32", "ieee")),
