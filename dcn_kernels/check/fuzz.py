@@ -7,6 +7,7 @@ long as it is wrong in the same way.
 
 from __future__ import annotations
 
+import faulthandler
 import itertools
 import json
 import mmap
@@ -108,7 +109,7 @@ def fuzz(
 
     def over() -> bool:
         summary.seconds = time.monotonic() - start
-        enough = calls is not None and summary.calls >= calls
+        enough = calls is not None and max(summary.calls, summary.drawn) >= calls  # also where none is reached
         return enough or (seconds is not None and summary.seconds >= seconds) or len(summary.failures) >= MOST_FAILURES
 
     table = _table(summary, ops or tuple(OPS), backends)
@@ -189,7 +190,7 @@ def _apart(table: list[tuple[str, str]], seed: int, values: str, start: int) -> 
         if isinstance(line, int):
             (number,) = struct.unpack("q", shared[:])
             name, backend = table[number % len(table)]
-            yield number, (drawn(OPS[name], (seed, number), values), backend, 0, ("fault", _ended(line), _ended(line)))
+            yield number, (drawn(OPS[name], (seed, number), values), backend, 2, ("fault", _ended(line), _ended(line)))
             break
         number, backend, made, found = json.loads(line)
         name, _ = table[number % len(table)]
@@ -211,6 +212,7 @@ def in_child(work: Callable[[Callable[[str], None]], None]) -> Generator[str | i
         status = 1
         try:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
+            faulthandler.disable()  # and reports a fault
             os.close(reading)
             with os.fdopen(writing, "w") as pipe:
                 work(lambda line: print(line, file=pipe, flush=True))

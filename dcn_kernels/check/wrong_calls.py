@@ -96,6 +96,7 @@ def _wrong(
     first: dict[str, np.ndarray] | None = None
     for side in sides or ("",):
         for number in numbers:
+            made(2)
             if number:
                 cpu_threads.set_num_threads(number)
             with ExitStack() as stack:
@@ -105,7 +106,6 @@ def _wrong(
                     got, changed = _results(call, backend)
                 except Exception as error:
                     return "raised", type(error).__name__, f"{type(error).__name__}: {error}"
-            made(2)
             if changed:
                 return "changed", changed, f"{changed} was written to"
             if first is None:
