@@ -411,7 +411,7 @@ def test_a_subclass_stays() -> None:
         assert type(layers.replace_layers(model)[0]) is Alignment
 
 
-# ---------------------------------------------------------------- README: coming from another library
+# ---------------------------------------------------------------- docs/how-to/migrate.md
 
 
 def test_the_layers_that_readmes_table_names_load_the_others_state_dict_and_give_the_same() -> None:
@@ -438,19 +438,18 @@ def test_the_layers_that_readmes_table_names_load_the_others_state_dict_and_give
     torch.testing.assert_close(aligned(image, ROIS), ROIAlign(**ALIGN)(image, ROIS))
 
 
-def readme_calls() -> list[str]:
-    """The calls in the middle column of README's table."""
-    text = (ROOT / "README.md").read_text()
-    table = text[text.index("### Coming from another library") :].split("\n## ")[0]
-    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| ") and not line.startswith("| ---")]
+def table_calls() -> list[str]:
+    """The calls in the middle column of the migration table."""
+    text = (ROOT / "docs" / "how-to" / "migrate.md").read_text()
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ") and not line.startswith("| ---")]
     assert all(len(row) == 3 for row in rows)
     calls = [call for row in rows[1:] for call in re.findall(r"`([^`]+\))`", row[1])]
     assert len(calls) > 15
     return calls
 
 
-@pytest.mark.parametrize("text", readme_calls())
-def test_the_calls_of_readmes_table_name_arguments_that_there_are(text: str) -> None:
+@pytest.mark.parametrize("text", table_calls())
+def test_the_calls_of_the_migration_table_name_arguments_that_there_are(text: str) -> None:
     call = ast.parse(text, mode="eval").body
     assert isinstance(call, ast.Call) and isinstance(call.func, ast.Name)
     kind = getattr(layers, call.func.id, None) or getattr(dcn_kernels, call.func.id)
