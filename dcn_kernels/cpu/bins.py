@@ -10,23 +10,19 @@ these functions are compiled without any freedom to contract or reorder.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numba
 import numpy as np
 from numba import types
-from numba.extending import intrinsic
 
-from dcn_kernels.cpu.jit import stay_apart
+from dcn_kernels.cpu.jit import intrinsic, stay_apart
 
 exact = numba.njit(error_model="numpy", fastmath=False)  # said, as Numba hands down the caller's flags where it is not
-_intrinsic: Any = intrinsic  # to a type checker a call of one lacks its first argument
 
 # A function that takes an array counts a reference to it, atomically: dearer than a bin's few numbers, and threads
 # that count those of one array wait for each other. So lists and maps come as addresses, read and written by these.
 
 
-@_intrinsic
+@intrinsic
 def peek(typingctx, like, address):  # type: ignore[no-untyped-def]
     """The number of the type of `like` at `address`."""
 
@@ -38,7 +34,7 @@ def peek(typingctx, like, address):  # type: ignore[no-untyped-def]
     return like(like, types.intp), codegen
 
 
-@_intrinsic
+@intrinsic
 def poke(typingctx, address, value):  # type: ignore[no-untyped-def]
     """Store a number at `address`."""
 

@@ -9,7 +9,7 @@ import numpy as np
 from dcn_kernels.cpu.convert import address_of, fetch_run, load_run, store_run
 from dcn_kernels.cpu.gemm import LDA
 from dcn_kernels.cpu.jit import inner, spliced, stay_apart, to_fixed_tuple
-from dcn_kernels.cpu.lanes import blend8, blend16, dots8, dots16, spread8, spread16
+from dcn_kernels.cpu.lanes import blend8, blend16, dots8, dots16, scatter8, scatter16
 from dcn_kernels.cpu.sampling import STILL, coordinate_gradients
 from dcn_kernels.cpu.slabs import load_pixels
 
@@ -146,7 +146,7 @@ def sample_gradients(s, wanted, source, target, index, weight, row, count, grad_
                 b01, b10, b11 = (empty, empty, empty) if still else (q01, q10, q11)
                 blend16(to + p * line, source, q00, b01, b10, b11, w00, w01, w10, w11)
             if wanted.input:
-                spread16(g + p * line, target, q00, q01, q10, q11, w00, w01, w10, w11)
+                scatter16(g + p * line, target, q00, q01, q10, q11, w00, w01, w10, w11)
         else:
             if wanted.coordinates:
                 dots8(like, part + p * 4 * itemsize, g + p * line, source, q00, q01, q10, q11)
@@ -154,7 +154,7 @@ def sample_gradients(s, wanted, source, target, index, weight, row, count, grad_
                 b01, b10, b11 = (empty, empty, empty) if still else (q01, q10, q11)
                 blend8(to + p * line, source, q00, b01, b10, b11, w00, w01, w10, w11)
             if wanted.input:
-                spread8(g + p * line, target, q00, q01, q10, q11, w00, w01, w10, w11)
+                scatter8(g + p * line, target, q00, q01, q10, q11, w00, w01, w10, w11)
 
 
 @inner

@@ -57,7 +57,7 @@ class Slabs(NamedTuple):
     of_offset: np.ndarray  # (OG + 1,): the first slab of each offset group
 
 
-def numbers(*groups: tuple[int, ...]) -> np.ndarray:
+def numbers_of(*groups: tuple[int, ...]) -> np.ndarray:
     """The numbers of named tuples behind each other, for a kernel to take apart again."""
     return np.array(sum(groups, ()), np.int64)
 
