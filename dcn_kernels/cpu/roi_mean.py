@@ -15,9 +15,9 @@ from typing import NamedTuple
 import numpy as np
 
 from dcn_kernels.cpu import workspace
-from dcn_kernels.cpu.bins import exact, lines, peek, poke
+from dcn_kernels.cpu.bins import exact, peek, poke
 from dcn_kernels.cpu.convert import address_of, clear
-from dcn_kernels.cpu.jit import inner, kernel, spliced, stay_apart, to_fixed_tuple
+from dcn_kernels.cpu.jit import inner, kernel, stay_apart, to_fixed_tuple
 from dcn_kernels.cpu.roi_blocks import expect, load_block, load_pooled, store_block, store_pooled
 from dcn_kernels.cpu.roi_lanes import (
     SLABS,
@@ -28,6 +28,7 @@ from dcn_kernels.cpu.roi_lanes import (
     grid_scatter,
     grid_scatters,
 )
+from dcn_kernels.cpu.roi_lists import find_bin, lists_of, modulation
 from dcn_kernels.cpu.roi_plan import (
     LISTS,
     SHAPE_FIELDS,
@@ -49,119 +50,6 @@ from dcn_kernels.cpu.slabs import array_from, described, numbers_of
 from dcn_kernels.cpu.threads import claim, get_num_threads, join, leave, run
 from dcn_kernels.dispatch.roi_rules import Rule
 from dcn_kernels.dtypes import accumulator
-
-# ---------------------------------------------------------------- the lines of a bin
-
-
-class Lists(NamedTuple):
-    """Where a thread keeps lists of lines: PW of columns, one for each bin in a row of bins, then one of rows.
-
-    All but the first are addresses. Arrays would do, but each call with one counts a reference to it.
-    """
-
-    length: int  # of a list at most
-    index: int  # the lines
-    weight: int
-    slope: int
-    found: int  # how many lines a list has
-    number: int  # how many points or pixels the mean along this axis counts, as float64
-
-
-class Lines(NamedTuple):
-    """One of the lists."""
-
-    index: int
-    weight: int
-    slope: int
-    count: int
-
-
-class Bin(NamedTuple):
-    """What a bin's mean and gradients are made of."""
-
-    rows: Lines
-    columns: Lines
-    share: float  # 1 / the number of its points or pixels; NaN if an offset is
-    is_nan: bool
-    reach_y: float  # the derivative of its place by its offset
-    reach_x: float
-
-
-@spliced
-def lists_of(thread, index, weight, slope, found, number):  # type: ignore[no-untyped-def]
-    """A thread's Lists."""
-    return Lists(
-        index.shape[2],
-        address_of(index, thread, 0),
-        address_of(weight, thread, 0),
-        address_of(slope, thread, 0),
-        address_of(found, thread, 0),
-        address_of(number, thread, 0),
-    )
-
-
-@exact
-def shift_and_reach(offset, factor, size):  # type: ignore[no-untyped-def]
-    """How far a bin moves, (offset * factor) * size, and the derivative of that."""
-    return (offset * factor) * size, factor * size
-
-
-@inner
-def find_lines(s, lists, which, start, size, bins, i, shift, length):  # type: ignore[no-untyped-def]
-    """Fill list `which` with the lines of bin i of an axis of the map."""
-    at = which * lists.length
-    found, number = lines(
-        s.rule, s.ratio, start, size, bins, i, shift, length, s.itemsize,
-        lists.index + at * 8, lists.weight + at * s.itemsize, lists.slope + at * s.itemsize,
-    )  # fmt: skip
-    poke(lists.found + which * 8, found)
-    poke(lists.number + which * 8, number)
-
-
-@spliced
-def lines_in(s, lists, which):  # type: ignore[no-untyped-def]
-    """List `which`."""
-    at = which * lists.length
-    return Lines(
-        lists.index + at * 8,
-        lists.weight + at * s.itemsize,
-        lists.slope + at * s.itemsize,
-        peek(which, lists.found + which * 8),
-    )
-
-
-@inner
-def find_bin(s, regions, box, r, cls, ph, pw, lists):  # type: ignore[no-untyped-def]
-    """Bin (ph, pw) of RoI r, for the channels of a class.
-
-    Bins must come in row-major order: without offsets a RoI's columns are found at its first row of bins, and the
-    rows of a row of bins at its first bin.
-    """
-    start_y, h, start_x, w = box
-    factor = regions.factor
-    real = type(factor)
-    shift_y = shift_x = reach_y = reach_x = real(0)
-    if s.shifted:
-        parts = s.part_h * s.part_w
-        part = (r * s.classes + cls) * 2 * parts + ph * s.part_h // s.PH * s.part_w + pw * s.part_w // s.PW
-        shift_x, reach_x = shift_and_reach(peek(factor, regions.offset + part * s.itemsize), factor, w)
-        shift_y, reach_y = shift_and_reach(peek(factor, regions.offset + (part + parts) * s.itemsize), factor, h)
-    is_nan = np.isnan(shift_y) or np.isnan(shift_x)
-    if not is_nan and (s.shifted or ph == 0):
-        find_lines(s, lists, pw, start_x, w, s.PW, pw, shift_x, s.W)
-    if not is_nan and (s.shifted or pw == 0):
-        find_lines(s, lists, s.PW, start_y, h, s.PH, ph, shift_y, s.H)
-    number = peek(1.0, lists.number + pw * 8) * peek(1.0, lists.number + s.PW * 8)
-    share = real(np.nan) if is_nan else real(1 / max(number, 1.0))
-    return Bin(lines_in(s, lists, s.PW), lines_in(s, lists, pw), share, is_nan, reach_y, reach_x)
-
-
-@spliced
-def modulation(s, regions, r, ph, pw):  # type: ignore[no-untyped-def]
-    """The mask's value for a bin, or 1."""
-    one = type(regions.scale)(1)
-    return peek(one, regions.mask + ((r * s.PH + ph) * s.PW + pw) * s.itemsize) if s.masked else one
-
 
 # ---------------------------------------------------------------- forward
 
