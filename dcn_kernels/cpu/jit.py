@@ -258,3 +258,14 @@ def stay_apart(typingctx):  # type: ignore[no-untyped-def]
         return context.get_dummy_value()
 
     return types.void(), codegen
+
+
+@intrinsic
+def become_part(typingctx):  # type: ignore[no-untyped-def]
+    """Have the function that says this inlined wherever it is called: a call copies every number of a Shape."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        builder.function.attributes.add("alwaysinline")
+        return context.get_dummy_value()
+
+    return types.void(), codegen

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dcn_kernels.cpu.bins import exact, lines, peek, poke
+from dcn_kernels.cpu.bins import exact, lines, peek, poke, size_of
 from dcn_kernels.cpu.convert import address_of
-from dcn_kernels.cpu.jit import inner, spliced
+from dcn_kernels.cpu.jit import become_part, inner, spliced
 
 
 class Lists(NamedTuple):
@@ -17,8 +17,8 @@ class Lists(NamedTuple):
     All but the first are addresses. Arrays would do, but each call with one counts a reference to it.
     """
 
-    length: int  # of a list at most
-    index: int  # the lines
+    most: int  # lines of a list
+    line: int  # which lines they are
     weight: int
     slope: int
     found: int  # how many lines a list has
@@ -28,10 +28,10 @@ class Lists(NamedTuple):
 class Lines(NamedTuple):
     """One of the lists."""
 
-    index: int
+    line: int
     weight: int
     slope: int
-    count: int
+    length: int
 
 
 class Bin(NamedTuple):
@@ -67,23 +67,24 @@ def shift_and_reach(offset, factor, size):  # type: ignore[no-untyped-def]
 @inner
 def find_lines(s, lists, which, start, size, bins, i, shift, length):  # type: ignore[no-untyped-def]
     """Fill list `which` with the lines of bin i of an axis of the map."""
-    at = which * lists.length
+    become_part()
+    at, itemsize = which * lists.most, size_of(shift)
     found, number = lines(
-        s.rule, s.ratio, start, size, bins, i, shift, length, s.itemsize,
-        lists.index + at * 8, lists.weight + at * s.itemsize, lists.slope + at * s.itemsize,
+        s.rule, s.ratio, start, size, bins, i, shift, length,
+        lists.line + at * 8, lists.weight + at * itemsize, lists.slope + at * itemsize,
     )  # fmt: skip
     poke(lists.found + which * 8, found)
     poke(lists.number + which * 8, number)
 
 
 @spliced
-def lines_in(s, lists, which):  # type: ignore[no-untyped-def]
+def lines_in(lists, which, itemsize):  # type: ignore[no-untyped-def]
     """List `which`."""
-    at = which * lists.length
+    at = which * lists.most
     return Lines(
-        lists.index + at * 8,
-        lists.weight + at * s.itemsize,
-        lists.slope + at * s.itemsize,
+        lists.line + at * 8,
+        lists.weight + at * itemsize,
+        lists.slope + at * itemsize,
         peek(which, lists.found + which * 8),
     )
 
@@ -95,15 +96,16 @@ def find_bin(s, regions, box, r, cls, ph, pw, lists):  # type: ignore[no-untyped
     Bins must come in row-major order: without offsets a RoI's columns are found at its first row of bins, and the
     rows of a row of bins at its first bin.
     """
+    become_part()
     start_y, h, start_x, w = box
-    factor = regions.factor
+    factor, itemsize = regions.factor, size_of(regions.factor)
     real = type(factor)
     shift_y = shift_x = reach_y = reach_x = real(0)
     if s.shifted:
         parts = s.part_h * s.part_w
         part = (r * s.classes + cls) * 2 * parts + ph * s.part_h // s.PH * s.part_w + pw * s.part_w // s.PW
-        shift_x, reach_x = shift_and_reach(peek(factor, regions.offset + part * s.itemsize), factor, w)
-        shift_y, reach_y = shift_and_reach(peek(factor, regions.offset + (part + parts) * s.itemsize), factor, h)
+        shift_x, reach_x = shift_and_reach(peek(factor, regions.offset + part * itemsize), factor, w)
+        shift_y, reach_y = shift_and_reach(peek(factor, regions.offset + (part + parts) * itemsize), factor, h)
     is_nan = np.isnan(shift_y) or np.isnan(shift_x)
     if not is_nan and (s.shifted or ph == 0):
         find_lines(s, lists, pw, start_x, w, s.PW, pw, shift_x, s.W)
@@ -111,11 +113,11 @@ def find_bin(s, regions, box, r, cls, ph, pw, lists):  # type: ignore[no-untyped
         find_lines(s, lists, s.PW, start_y, h, s.PH, ph, shift_y, s.H)
     number = peek(1.0, lists.number + pw * 8) * peek(1.0, lists.number + s.PW * 8)
     share = real(np.nan) if is_nan else real(1 / max(number, 1.0))
-    return Bin(lines_in(s, lists, s.PW), lines_in(s, lists, pw), share, is_nan, reach_y, reach_x)
+    return Bin(lines_in(lists, s.PW, itemsize), lines_in(lists, pw, itemsize), share, is_nan, reach_y, reach_x)
 
 
 @spliced
 def modulation(s, regions, r, ph, pw):  # type: ignore[no-untyped-def]
     """The mask's value for a bin, or 1."""
     one = type(regions.scale)(1)
-    return peek(one, regions.mask + ((r * s.PH + ph) * s.PW + pw) * s.itemsize) if s.masked else one
+    return peek(one, regions.mask + ((r * s.PH + ph) * s.PW + pw) * size_of(one)) if s.masked else one

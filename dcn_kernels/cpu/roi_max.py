@@ -10,9 +10,9 @@ from __future__ import annotations
 import numpy as np
 
 from dcn_kernels.cpu import workspace
-from dcn_kernels.cpu.bins import peek, poke
+from dcn_kernels.cpu.bins import peek, poke, size_of
 from dcn_kernels.cpu.convert import F32, F64, address_of, clear, fetch_run
-from dcn_kernels.cpu.jit import inner, kernel, stay_apart
+from dcn_kernels.cpu.jit import become_part, inner, kernel, stay_apart
 from dcn_kernels.cpu.roi_blocks import expect, load_block, load_pooled, store_block, store_pooled, turn_out
 from dcn_kernels.cpu.roi_lanes import LANES, SLABS, grid_argmax, grid_max, grid_maxima
 from dcn_kernels.cpu.roi_plan import (
@@ -83,14 +83,15 @@ def roi_maxima(s, like, count, maps, edges, pooled, places, argmax):  # type: ig
     """pooled[slab, bin, lane] = the maxima of `count` channels over a RoI's bins; argmax[channel, bin], unless its
     address is 0, their places. All are addresses; `like` is any number of the type of sums."""
     stay_apart()
-    run_of_lanes, bins, slabs, j = LANES * s.itemsize, s.PH * s.PW, slabs_of(count), 0
+    run_of_lanes, step, bins = LANES * size_of(like), map_step(s, size_of(like)), s.PH * s.PW
+    slabs, j = slabs_of(count), 0
     while j < slabs:
         several = SLABS if j + SLABS <= slabs and argmax == 0 else 1
         for ph in range(s.PH):
             for pw in range(s.PW):
                 b = ph * s.PW + pw
                 bin_maxima(
-                    s, like, several, maps + j * map_step(s), edge_pair(edges, ph), edge_pair(edges, s.PH + pw),
+                    s, like, several, maps + j * step, edge_pair(edges, ph), edge_pair(edges, s.PH + pw),
                     pooled + (j * bins + b) * run_of_lanes, places + b * LANES * 8, argmax != 0,
                 )  # fmt: skip
         if argmax != 0:
@@ -101,12 +102,14 @@ def roi_maxima(s, like, count, maps, edges, pooled, places, argmax):  # type: ig
 @inner
 def bin_maxima(s, like, slabs, maps, rows, columns, to, places, with_places):  # type: ignore[no-untyped-def]
     """The maxima of one or SLABS slabs over the pixels of a bin, 0 of none; for one slab with their places, or -1."""
+    become_part()
     (top, bottom), (left, right) = rows, columns
-    step, to_step = map_step(s), s.PH * s.PW * LANES * s.itemsize
+    itemsize = size_of(like)
+    step, to_step = map_step(s, itemsize), s.PH * s.PW * LANES * itemsize
     if bottom <= top or right <= left:
         for k in range(slabs):
             for l in range(LANES):
-                poke(to + k * to_step + l * s.itemsize, type(like)(0))
+                poke(to + k * to_step + l * itemsize, type(like)(0))
         for l in range(LANES):
             poke(places + l * 8, np.int64(-1))
     elif with_places:
@@ -160,7 +163,7 @@ def backward_worker(  # type: ignore[no-untyped-def]
         count = work.last - work.first
         if work.high > work.low:
             load_block(s, input, work.n, work.first, count, own_maps, own_line)
-            clear(address_of(own_grads, 0, 0), own_grads.size * s.itemsize)
+            clear(address_of(own_grads, 0, 0), own_grads.size * own_grads.itemsize)
         for t in range(work.low, work.high):
             find_edges(s, regions, order[t], own_edges)
             load_pooled(s, grad_output, order[t], work.first, count, own_pooled, own_line)
@@ -180,9 +183,10 @@ def backward_worker(  # type: ignore[no-untyped-def]
 def roi_gradients(s, like, count, maps, edges, pooled, places, unused, grads):  # type: ignore[no-untyped-def]
     """Add pooled[slab, bin, lane], a RoI's gradients, where the maxima of `maps` are; the maxima go to `unused`."""
     stay_apart()
-    run_of_lanes, bins = LANES * s.itemsize, s.PH * s.PW
+    itemsize, bins = size_of(like), s.PH * s.PW
+    run_of_lanes, step = LANES * itemsize, map_step(s, itemsize)
     for j in range(slabs_of(count)):
-        x, target = maps + j * map_step(s), grads + j * map_step(s)
+        x, target = maps + j * step, grads + j * step
         for ph in range(s.PH):
             top, bottom = edge_pair(edges, ph)
             for pw in range(s.PW):
@@ -191,8 +195,8 @@ def roi_gradients(s, like, count, maps, edges, pooled, places, unused, grads):  
                     grid_argmax(like, unused, places, x, s.W, top, bottom, left, right)
                     g = pooled + (j * bins + ph * s.PW + pw) * run_of_lanes
                     for l in range(LANES):
-                        to = target + peek(l, places + l * 8) * run_of_lanes + l * s.itemsize
-                        poke(to, peek(like, to) + peek(like, g + l * s.itemsize))
+                        to = target + peek(l, places + l * 8) * run_of_lanes + l * itemsize
+                        poke(to, peek(like, to) + peek(like, g + l * itemsize))
 
 
 @kernel
@@ -212,14 +216,15 @@ def argmax_backward_worker(  # type: ignore[no-untyped-def]
     s, arrays = shape_from(numbers), numbers[SHAPE_FIELDS:]
     argmax, grad_output, grad_input = array_from(arrays, 0), array_from(arrays, 1), array_from(arrays, 2)
     own_grads, own_pooled, bins = grad_staged[thread], pooled[thread], s.PH * s.PW
-    plain = grad_output.kind == (F32 if s.itemsize == 4 else F64)
-    plain = plain and grad_output.s3 == s.itemsize and grad_output.s2 == s.PW * s.itemsize
+    itemsize = size_of(own_pooled[0])
+    plain = grad_output.kind == (F32 if itemsize == 4 else F64)
+    plain = plain and grad_output.s3 == itemsize and grad_output.s2 == s.PW * itemsize
     item = claim(sync)
     while item < pieces(s, units):
         work = piece(s, units, first_of, item)
         count = work.last - work.first
         if work.high > work.low:
-            clear(address_of(own_grads, 0, 0), own_grads.size * s.itemsize)
+            clear(address_of(own_grads, 0, 0), own_grads.size * own_grads.itemsize)
         for t in range(work.low, work.high):
             if t + 1 < work.high:
                 expect(grad_output, order[t + 1], work.first, count)
@@ -231,7 +236,7 @@ def argmax_backward_worker(  # type: ignore[no-untyped-def]
                     g = address_of(own_pooled, 0, 0)
                 places = argmax.address + (order[t] * s.C + c) * bins * 8
                 plane = address_of(own_grads, (c - work.first) * s.H * s.W, 0)
-                bad = add_at(own_pooled[0], s.itemsize, g, places, bins, plane, s.H * s.W)
+                bad = add_at(own_pooled[0], g, places, bins, plane, s.H * s.W)
                 if bad != -1:
                     wrong[thread] = bad
         if work.high > work.low:
@@ -241,9 +246,9 @@ def argmax_backward_worker(  # type: ignore[no-untyped-def]
 
 
 @inner
-def add_at(like, itemsize, values, places, count, plane, pixels):  # type: ignore[no-untyped-def]
+def add_at(like, values, places, count, plane, pixels):  # type: ignore[no-untyped-def]
     """plane[places[i]] += values[i], all addresses; returns a place that is no pixel's and not -1, or -1."""
-    bad = np.int64(-1)
+    bad, itemsize = np.int64(-1), size_of(like)
     for i in range(count):
         at = peek(count, places + i * 8)
         if 0 <= at < pixels:

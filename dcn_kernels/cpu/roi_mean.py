@@ -15,9 +15,9 @@ from typing import NamedTuple
 import numpy as np
 
 from dcn_kernels.cpu import workspace
-from dcn_kernels.cpu.bins import exact, peek, poke
+from dcn_kernels.cpu.bins import exact, peek, poke, size_of
 from dcn_kernels.cpu.convert import address_of, clear
-from dcn_kernels.cpu.jit import inner, kernel, stay_apart, to_fixed_tuple
+from dcn_kernels.cpu.jit import become_part, inner, kernel, stay_apart, to_fixed_tuple
 from dcn_kernels.cpu.roi_blocks import expect, load_block, load_pooled, store_block, store_pooled
 from dcn_kernels.cpu.roi_lanes import (
     SLABS,
@@ -80,7 +80,7 @@ def forward_worker(  # type: ignore[no-untyped-def]
         work = piece(s, units, first_of, item)
         count = work.last - work.first
         if s.in_place:
-            maps = in_place(s, input, work.n, work.first)
+            maps = in_place(s, input, work.n, work.first, size_of(regions.scale))
         else:
             maps = address_of(own_maps, 0, 0)
             if work.high > work.low:
@@ -97,7 +97,8 @@ def forward_worker(  # type: ignore[no-untyped-def]
 def roi_means(s, regions, r, cls, count, maps, pooled, lists):  # type: ignore[no-untyped-def]
     """pooled[slab, bin, lane] = the means of `count` channels, whose maps begin at `maps`, over the bins of RoI r."""
     stay_apart()
-    plane, one_bin = s.H * s.W * s.itemsize, s.lanes * s.itemsize
+    itemsize = size_of(regions.scale)
+    plane, one_bin = s.H * s.W * itemsize, s.lanes * itemsize
     step = s.PH * s.PW * one_bin  # of pooled, from slab to slab
     box = extent(s, regions, r)
     for ph in range(s.PH):
@@ -107,7 +108,7 @@ def roi_means(s, regions, r, cls, count, maps, pooled, lists):  # type: ignore[n
             if b.is_nan:
                 for j in range(0, count, s.lanes):
                     for l in range(s.lanes):
-                        poke(to + j // s.lanes * step + l * s.itemsize, share)
+                        poke(to + j // s.lanes * step + l * itemsize, share)
             else:
                 bin_means(s, share, b, count, maps + score_map(s, ph, pw) * plane, to, step)
 
@@ -115,35 +116,36 @@ def roi_means(s, regions, r, cls, count, maps, pooled, lists):  # type: ignore[n
 @inner
 def bin_means(s, share, b, count, maps, to, to_step):  # type: ignore[no-untyped-def]
     """One bin's means: `share` times the weighed sums, of each channel or slab at `maps`, `to_step` bytes apart."""
-    rows, columns, step = b.rows, b.columns, map_step(s)
+    become_part()
+    rows, columns, step = b.rows, b.columns, map_step(s, size_of(b.share))
     if s.lanes == 1:
         for c in range(count):
-            value = plane_mean(share, s.itemsize, maps + c * step, s.W, rows, columns)
+            value = plane_mean(share, maps + c * step, s.W, rows, columns)
             poke(to + c * to_step, value * share)
         return
     j, slabs = 0, slabs_of(count)
     while j + SLABS <= slabs:
         grid_means(
             to + j * to_step, to_step, maps + j * step, step, s.W,
-            rows.index, rows.weight, rows.count, columns.index, columns.weight, columns.count, share,
+            rows.line, rows.weight, rows.length, columns.line, columns.weight, columns.length, share,
         )  # fmt: skip
         j += SLABS
     while j < slabs:
         grid_mean(
             to + j * to_step, to_step, maps + j * step, step, s.W,
-            rows.index, rows.weight, rows.count, columns.index, columns.weight, columns.count, share,
+            rows.line, rows.weight, rows.length, columns.line, columns.weight, columns.length, share,
         )  # fmt: skip
         j += 1
 
 
 @exact  # a sum that may be reordered becomes vectors with gathers: slow for the few pixels of a bin
-def plane_mean(like, itemsize, plane, width, rows, columns):  # type: ignore[no-untyped-def]
+def plane_mean(like, plane, width, rows, columns):  # type: ignore[no-untyped-def]
     """sum_ij wy_i wx_j plane[row_i, column_j]; plane is an address."""
-    total = type(like)(0)
-    for i in range(rows.count):
-        row, part = plane + peek(i, rows.index + i * 8) * width * itemsize, type(like)(0)
-        for j in range(columns.count):
-            pixel = peek(like, row + peek(j, columns.index + j * 8) * itemsize)
+    total, itemsize = type(like)(0), size_of(like)
+    for i in range(rows.length):
+        row, part = plane + peek(i, rows.line + i * 8) * width * itemsize, type(like)(0)
+        for j in range(columns.length):
+            pixel = peek(like, row + peek(j, columns.line + j * 8) * itemsize)
             part += peek(like, columns.weight + j * itemsize) * pixel
         total += peek(like, rows.weight + i * itemsize) * part
     return total
@@ -191,7 +193,7 @@ def backward_worker(  # type: ignore[no-untyped-def]
     s, arrays = shape_from(numbers), numbers[SHAPE_FIELDS + WANTED_FIELDS :]
     wanted = Wanted(*to_fixed_tuple(numbers[SHAPE_FIELDS : SHAPE_FIELDS + WANTED_FIELDS], WANTED_FIELDS))
     input, grad_output, grad_input = array_from(arrays, 0), array_from(arrays, 1), array_from(arrays, 2)
-    regions = regions_from(arrays, 3, constants)
+    regions, itemsize = regions_from(arrays, 3, constants), size_of(constants[0])
     offset_sums, mask_sums = array_from(arrays, 6), array_from(arrays, 7)
     lists, dot = lists_of(thread, index, weight, slope, found, number), address_of(dots, thread, 0)
     own_maps, own_grads, own_pooled, own_line = staged[thread], grad_staged[thread], pooled[thread], line[thread]
@@ -202,12 +204,13 @@ def backward_worker(  # type: ignore[no-untyped-def]
         for c0 in range(work.first, work.last if work.high > work.low else work.first, s.block):
             count = min(s.block, work.last - c0)
             if s.in_place:
-                maps, grads = in_place(s, input, work.n, c0), in_place(s, grad_input, work.n, c0)
+                maps = in_place(s, input, work.n, c0, itemsize)
+                grads = in_place(s, grad_input, work.n, c0, itemsize)
             else:
                 maps, grads = address_of(own_maps, 0, 0), address_of(own_grads, 0, 0)
                 if wanted.coordinates:
                     load_block(s, input, work.n, c0, count, own_maps, own_line)
-                clear(grads, own_grads.size * s.itemsize)
+                clear(grads, own_grads.size * itemsize)
             for t in range(work.low, work.high):
                 load_pooled(s, grad_output, order[t], c0, count, own_pooled, own_line)
                 if t + 1 < work.high:
@@ -226,7 +229,8 @@ def backward_worker(  # type: ignore[no-untyped-def]
 def roi_gradients(s, wanted, regions, sums, r, cls, count, maps, grads, pooled, lists, dot):  # type: ignore[no-untyped-def]
     """What `count` channels of RoI r add to the gradients of their maps, at `grads`, and to `sums`."""
     stay_apart()
-    plane, one_bin = s.H * s.W * s.itemsize, s.lanes * s.itemsize
+    itemsize = size_of(regions.scale)
+    plane, one_bin = s.H * s.W * itemsize, s.lanes * itemsize
     step = s.PH * s.PW * one_bin  # of pooled, from slab to slab
     box = extent(s, regions, r)
     for ph in range(s.PH):
@@ -244,29 +248,30 @@ def roi_gradients(s, wanted, regions, sums, r, cls, count, maps, grads, pooled, 
 @inner
 def bin_dots(s, b, count, maps, g, g_step, dot):  # type: ignore[no-untyped-def]
     """dot = the sums over channels of their gradients g times (value, derivative by y, derivative by x) of a bin."""
-    rows, columns, step = b.rows, b.columns, map_step(s)
+    become_part()
+    rows, columns, step = b.rows, b.columns, map_step(s, size_of(b.share))
     zero = type(b.share)(0)
     for i in range(4):
-        poke(dot + i * s.itemsize, b.share if b.is_nan else zero)
+        poke(dot + i * size_of(zero), b.share if b.is_nan else zero)
     if b.is_nan:
         return
     if s.lanes == 1:
         for c in range(count):
-            plane_dots(peek(zero, g + c * g_step), s.itemsize, maps + c * step, s.W, rows, columns, dot)
+            plane_dots(peek(zero, g + c * g_step), maps + c * step, s.W, rows, columns, dot)
         return
     j, slabs = 0, slabs_of(count)
     while j + SLABS <= slabs:
         grid_dots_of_slabs(
             zero, dot, g + j * g_step, g_step, maps + j * step, step, s.W,
-            rows.index, rows.weight, rows.slope, rows.count,
-            columns.index, columns.weight, columns.slope, columns.count,
+            rows.line, rows.weight, rows.slope, rows.length,
+            columns.line, columns.weight, columns.slope, columns.length,
         )  # fmt: skip
         j += SLABS
     while j < slabs:
         grid_dots(
             zero, dot, g + j * g_step, g_step, maps + j * step, step, s.W,
-            rows.index, rows.weight, rows.slope, rows.count,
-            columns.index, columns.weight, columns.slope, columns.count,
+            rows.line, rows.weight, rows.slope, rows.length,
+            columns.line, columns.weight, columns.slope, columns.length,
         )  # fmt: skip
         j += 1
 
@@ -274,22 +279,23 @@ def bin_dots(s, b, count, maps, g, g_step, dot):  # type: ignore[no-untyped-def]
 @inner
 def scatter_bin(s, share, b, count, grads, g, g_step):  # type: ignore[no-untyped-def]
     """Add a bin's part to the gradients of each channel's or slab's map: the transpose of bin_means."""
-    rows, columns, step = b.rows, b.columns, map_step(s)
+    become_part()
+    rows, columns, step = b.rows, b.columns, map_step(s, size_of(b.share))
     if s.lanes == 1:
         for c in range(count):
-            scatter_plane(peek(share, g + c * g_step) * share, s.itemsize, grads + c * step, s.W, rows, columns)
+            scatter_plane(peek(share, g + c * g_step) * share, grads + c * step, s.W, rows, columns)
         return
     j, slabs = 0, slabs_of(count)
     while j + SLABS <= slabs:
         grid_scatters(
             g + j * g_step, g_step, grads + j * step, step, s.W,
-            rows.index, rows.weight, rows.count, columns.index, columns.weight, columns.count, share,
+            rows.line, rows.weight, rows.length, columns.line, columns.weight, columns.length, share,
         )  # fmt: skip
         j += SLABS
     while j < slabs:
         grid_scatter(
             g + j * g_step, g_step, grads + j * step, step, s.W,
-            rows.index, rows.weight, rows.count, columns.index, columns.weight, columns.count, share,
+            rows.line, rows.weight, rows.length, columns.line, columns.weight, columns.length, share,
         )  # fmt: skip
         j += 1
 
@@ -297,26 +303,29 @@ def scatter_bin(s, share, b, count, grads, g, g_step):  # type: ignore[no-untype
 @inner
 def add_coordinate_gradients(s, sums, b, m, r, cls, ph, pw, dot):  # type: ignore[no-untyped-def]
     """Add what a bin's dots give for its mask and its offset."""
+    become_part()
+    itemsize = size_of(m)
     if s.masked:
-        at = sums.mask + ((r * s.PH + ph) * s.PW + pw) * s.itemsize
+        at = sums.mask + ((r * s.PH + ph) * s.PW + pw) * itemsize
         poke(at, peek(m, at) + peek(m, dot) * b.share)
     if s.shifted:
         parts, share = s.part_h * s.part_w, b.share * m
         part = (r * s.classes + cls) * 2 * parts + ph * s.part_h // s.PH * s.part_w + pw * s.part_w // s.PW
-        along_x, along_y = sums.offset + part * s.itemsize, sums.offset + (part + parts) * s.itemsize
-        poke(along_x, peek(m, along_x) + peek(m, dot + 2 * s.itemsize) * share * b.reach_x)
-        poke(along_y, peek(m, along_y) + peek(m, dot + s.itemsize) * share * b.reach_y)
+        along_x, along_y = sums.offset + part * itemsize, sums.offset + (part + parts) * itemsize
+        poke(along_x, peek(m, along_x) + peek(m, dot + 2 * itemsize) * share * b.reach_x)
+        poke(along_y, peek(m, along_y) + peek(m, dot + itemsize) * share * b.reach_y)
 
 
 @exact
-def plane_dots(g, itemsize, plane, width, rows, columns, dot):  # type: ignore[no-untyped-def]
+def plane_dots(g, plane, width, rows, columns, dot):  # type: ignore[no-untyped-def]
     """dot += g times the value and its derivatives by y and x."""
-    value = slope_y = slope_x = type(g)(0)
-    for i in range(rows.count):
-        row = plane + peek(i, rows.index + i * 8) * width * itemsize
+    itemsize, value = size_of(g), type(g)(0)
+    slope_y = slope_x = value
+    for i in range(rows.length):
+        row = plane + peek(i, rows.line + i * 8) * width * itemsize
         along = across = type(g)(0)
-        for j in range(columns.count):
-            pixel = peek(g, row + peek(j, columns.index + j * 8) * itemsize)
+        for j in range(columns.length):
+            pixel = peek(g, row + peek(j, columns.line + j * 8) * itemsize)
             along += peek(g, columns.weight + j * itemsize) * pixel
             across += peek(g, columns.slope + j * itemsize) * pixel
         value += peek(g, rows.weight + i * itemsize) * along
@@ -328,13 +337,14 @@ def plane_dots(g, itemsize, plane, width, rows, columns, dot):  # type: ignore[n
 
 
 @exact
-def scatter_plane(g, itemsize, plane, width, rows, columns):  # type: ignore[no-untyped-def]
+def scatter_plane(g, plane, width, rows, columns):  # type: ignore[no-untyped-def]
     """plane[row_i, column_j] += wy_i wx_j g."""
-    for i in range(rows.count):
-        row = plane + peek(i, rows.index + i * 8) * width * itemsize
+    itemsize = size_of(g)
+    for i in range(rows.length):
+        row = plane + peek(i, rows.line + i * 8) * width * itemsize
         weighed = peek(g, rows.weight + i * itemsize) * g
-        for j in range(columns.count):
-            place = row + peek(j, columns.index + j * 8) * itemsize
+        for j in range(columns.length):
+            place = row + peek(j, columns.line + j * 8) * itemsize
             poke(place, peek(g, place) + peek(g, columns.weight + j * itemsize) * weighed)
 
 

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 from dcn_kernels.cpu import workspace
-from dcn_kernels.cpu.bins import peek, poke, pooled_bin, start_and_size
-from dcn_kernels.cpu.jit import inner, spliced, stay_apart, to_fixed_tuple
+from dcn_kernels.cpu.bins import peek, poke, pooled_bin, size_of, start_and_size
+from dcn_kernels.cpu.jit import become_part, inner, spliced, stay_apart, to_fixed_tuple
 from dcn_kernels.cpu.roi_lanes import LANES, SLABS
 from dcn_kernels.cpu.slabs import array_from
 from dcn_kernels.dispatch.roi_rules import Rule
@@ -49,7 +49,6 @@ class Shape(NamedTuple):
     block: int  # output channels that are worked on at once, a multiple of lanes
     in_place: int  # planes are read, and gradients added, where they are
     chunks: int  # of an image's RoIs, forward
-    itemsize: int  # of the type of sums
 
 
 SHAPE_FIELDS = len(Shape._fields)
@@ -96,8 +95,10 @@ def make_plan(
     units = _cut(each, classes, block, RANGES if coordinates else None)
     chunks = 1 if backward else max(1, min(-(-4 * available // (N * len(units))), R // 256))
     shape = Shape(
-        N, C, H, W, R, *output_size, classes, *rule.maps, rule.number, rule.samples, *parts,
-        int(offset is not None), int(masked), lanes, block, int(in_place), chunks, real.itemsize,
+        N=N, C=C, H=H, W=W, R=R, PH=output_size[0], PW=output_size[1], classes=classes,
+        groups_h=rule.maps[0], groups_w=rule.maps[1], rule=rule.number, ratio=rule.samples,
+        part_h=parts[0], part_w=parts[1], shifted=int(offset is not None), masked=int(masked),
+        lanes=lanes, block=block, in_place=int(in_place), chunks=chunks,
     )  # fmt: skip
     sizes = _buffers(shape, available, real)
     taken = {name: sizes[name] for name in buffers}
@@ -225,20 +226,21 @@ def slabs_of(channels):  # type: ignore[no-untyped-def]
 
 
 @spliced
-def in_place(s, array, n, c0):  # type: ignore[no-untyped-def]
+def in_place(s, array, n, c0, itemsize):  # type: ignore[no-untyped-def]
     """The address of the maps of output channel c0 of image n in a C-contiguous array of the type of sums."""
-    return array.address + (n * s.C + c0 * s.groups_h * s.groups_w) * s.H * s.W * s.itemsize
+    return array.address + (n * s.C + c0 * s.groups_h * s.groups_w) * s.H * s.W * itemsize
 
 
 @spliced
-def map_step(s):  # type: ignore[no-untyped-def]
+def map_step(s, itemsize):  # type: ignore[no-untyped-def]
     """Bytes from one slab's maps, or one channel's where lanes = 1, to the next."""
-    return s.groups_h * s.groups_w * s.H * s.W * s.lanes * s.itemsize
+    return s.groups_h * s.groups_w * s.H * s.W * s.lanes * itemsize
 
 
 @inner
 def score_map(s, ph, pw):  # type: ignore[no-untyped-def]
     """Which of a class's score maps bin (ph, pw) reads."""
+    become_part()
     gh = min(ph * s.groups_h // s.PH, s.groups_h - 1)
     return gh * s.groups_w + min(pw * s.groups_w // s.PW, s.groups_w - 1)
 
@@ -246,9 +248,10 @@ def score_map(s, ph, pw):  # type: ignore[no-untyped-def]
 @spliced
 def extent(s, regions, r):  # type: ignore[no-untyped-def]
     """Where RoI r starts and its size, along y and along x."""
-    scale, at = regions.scale, regions.rois + r * 5 * s.itemsize
-    start_y, h = start_and_size(s.rule, peek(scale, at + 2 * s.itemsize), peek(scale, at + 4 * s.itemsize), scale)
-    start_x, w = start_and_size(s.rule, peek(scale, at + s.itemsize), peek(scale, at + 3 * s.itemsize), scale)
+    scale, itemsize = regions.scale, size_of(regions.scale)
+    at = regions.rois + r * 5 * itemsize
+    start_y, h = start_and_size(s.rule, peek(scale, at + 2 * itemsize), peek(scale, at + 4 * itemsize), scale)
+    start_x, w = start_and_size(s.rule, peek(scale, at + itemsize), peek(scale, at + 3 * itemsize), scale)
     return start_y, h, start_x, w
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from dcn_kernels.cpu import workspace
-from dcn_kernels.cpu.bins import peek, poke
+from dcn_kernels.cpu.bins import peek, poke, size_of
 from dcn_kernels.cpu.convert import address_of, clear
 from dcn_kernels.cpu.jit import inner, kernel, spliced, stay_apart
 from dcn_kernels.cpu.roi_blocks import expect, load_block, load_pooled, store_block, store_pooled
@@ -79,7 +79,7 @@ def forward_worker(  # type: ignore[no-untyped-def]
         work = piece(s, units, first_of, item)
         count = work.last - work.first
         if s.in_place:
-            maps = in_place(s, input, work.n, work.first)
+            maps = in_place(s, input, work.n, work.first, size_of(regions.scale))
         else:
             maps = address_of(own_maps, 0, 0)
             if work.high > work.low:
@@ -96,15 +96,16 @@ def forward_worker(  # type: ignore[no-untyped-def]
 def roi_sums(s, like, count, maps, edges, pooled):  # type: ignore[no-untyped-def]
     """pooled[channel, bin] = the means of `count` channels over a RoI's bins; `like` is of the type of sums."""
     stay_apart()
-    zero, bins, step = type(like)(0), s.PH * s.PW, map_step(s)
+    zero, bins, itemsize = type(like)(0), s.PH * s.PW, size_of(like)
+    step = map_step(s, itemsize)
     for ph in range(s.PH):
         for pw in range(s.PW):
             first, rows, columns = rectangle(s, edges, ph, pw)
             share = type(like)(1) / type(like)(max(rows * columns, 1))
-            x, to = maps + first * s.itemsize, pooled + (ph * s.PW + pw) * s.itemsize
+            x, to = maps + first * itemsize, pooled + (ph * s.PW + pw) * itemsize
             for c in range(count):
                 total = rect_sum(zero, x + c * step, s.W, rows, columns) if rows * columns else zero
-                poke(to + c * bins * s.itemsize, total * share)
+                poke(to + c * bins * itemsize, total * share)
 
 
 @kernel
@@ -133,10 +134,10 @@ def backward_worker(  # type: ignore[no-untyped-def]
         work = piece(s, units, first_of, item)
         count = work.last - work.first
         if s.in_place:
-            grads = in_place(s, grad_input, work.n, work.first)
+            grads = in_place(s, grad_input, work.n, work.first, size_of(regions.scale))
         else:
             grads = address_of(own_grads, 0, 0)
-            clear(grads, own_grads.size * s.itemsize)
+            clear(grads, own_grads.size * size_of(regions.scale))
         for t in range(work.low, work.high):
             load_pooled(s, grad_output, order[t], work.first, count, own_pooled, own_line)
             if t + 1 < work.high:
@@ -153,14 +154,15 @@ def backward_worker(  # type: ignore[no-untyped-def]
 def roi_gradients(s, like, count, pooled, edges, grads):  # type: ignore[no-untyped-def]
     """Add pooled[channel, bin], a RoI's gradients, to those of the bins' pixels: the transpose of roi_sums."""
     stay_apart()
-    bins, step = s.PH * s.PW, map_step(s)
+    bins, itemsize = s.PH * s.PW, size_of(like)
+    step = map_step(s, itemsize)
     for ph in range(s.PH):
         for pw in range(s.PW):
             first, rows, columns = rectangle(s, edges, ph, pw)
             share = type(like)(1) / type(like)(max(rows * columns, 1))
-            to, g = grads + first * s.itemsize, pooled + (ph * s.PW + pw) * s.itemsize
+            to, g = grads + first * itemsize, pooled + (ph * s.PW + pw) * itemsize
             for c in range(count if rows * columns else 0):
-                value = peek(like, g + c * bins * s.itemsize) * share
+                value = peek(like, g + c * bins * itemsize) * share
                 rect_add(value, to + c * step, s.W, rows, columns)
 
 
