@@ -11,7 +11,7 @@ import numpy as np
 from dcn_kernels.cpu import workspace
 from dcn_kernels.cpu.bins import peek, poke, size_of
 from dcn_kernels.cpu.convert import address_of, clear
-from dcn_kernels.cpu.jit import inner, kernel, spliced, stay_apart
+from dcn_kernels.cpu.jit import inner, kernel, stay_apart
 from dcn_kernels.cpu.roi_blocks import expect, load_block, load_pooled, store_block, store_pooled
 from dcn_kernels.cpu.roi_lanes import rect_add, rect_sum
 from dcn_kernels.cpu.roi_plan import (
@@ -44,14 +44,6 @@ def find_all_edges(sync, s, regions, edges):  # type: ignore[no-untyped-def]
         find_edges(s, regions, r, address_of(edges, r, 0))
         r = claim(sync)
     barrier(sync)
-
-
-@spliced
-def rectangle(s, edges, ph, pw):  # type: ignore[no-untyped-def]
-    """(first pixel in the score maps, rows, columns) of bin (ph, pw)."""
-    top, bottom = edge_pair(edges, ph)
-    left, right = edge_pair(edges, s.PH + pw)
-    return (score_map(s, ph, pw) * s.H + top) * s.W + left, bottom - top, right - left
 
 
 @kernel
@@ -96,16 +88,30 @@ def forward_worker(  # type: ignore[no-untyped-def]
 def roi_sums(s, like, count, maps, edges, pooled):  # type: ignore[no-untyped-def]
     """pooled[channel, bin] = the means of `count` channels over a RoI's bins; `like` is of the type of sums."""
     stay_apart()
-    zero, bins, itemsize = type(like)(0), s.PH * s.PW, size_of(like)
-    step = map_step(s, itemsize)
+    zero, one, itemsize = type(like)(0), type(like)(1), size_of(like)
+    bins, plane, step = s.PH * s.PW, s.H * s.W, map_step(s, itemsize)
     for ph in range(s.PH):
+        top, bottom = edge_pair(edges, ph)
         for pw in range(s.PW):
-            first, rows, columns = rectangle(s, edges, ph, pw)
-            share = type(like)(1) / type(like)(max(rows * columns, 1))
-            x, to = maps + first * itemsize, pooled + (ph * s.PW + pw) * itemsize
-            for c in range(count):
-                total = rect_sum(zero, x + c * step, s.W, rows, columns) if rows * columns else zero
-                poke(to + c * bins * itemsize, total * share)
+            left, right = edge_pair(edges, s.PH + pw)
+            number = (bottom - top) * (right - left)
+            share = one / type(like)(max(number, 1))
+            first = maps + (score_map(s, ph, pw) * plane + top * s.W + left) * itemsize
+            to = pooled + (ph * s.PW + pw) * itemsize
+            if number:
+                rectangles(share, count, first, step, s.W, bottom - top, right - left, to, bins * itemsize)
+            else:
+                for c in range(count):
+                    poke(to + c * bins * itemsize, zero)
+
+
+@inner
+def rectangles(share, count, first, step, width, rows, columns, to, to_step):  # type: ignore[no-untyped-def]
+    """to[channel] = share times the sum of a rectangle of each channel; all but shapes and share are addresses and
+    steps in bytes. Apart from the loops over bins it has the registers to itself."""
+    stay_apart()
+    for c in range(count):
+        poke(to + c * to_step, rect_sum(share, first + c * step, width, rows, columns) * share)
 
 
 @kernel
@@ -154,16 +160,26 @@ def backward_worker(  # type: ignore[no-untyped-def]
 def roi_gradients(s, like, count, pooled, edges, grads):  # type: ignore[no-untyped-def]
     """Add pooled[channel, bin], a RoI's gradients, to those of the bins' pixels: the transpose of roi_sums."""
     stay_apart()
-    bins, itemsize = s.PH * s.PW, size_of(like)
-    step = map_step(s, itemsize)
+    one, itemsize = type(like)(1), size_of(like)
+    bins, plane, step = s.PH * s.PW, s.H * s.W, map_step(s, itemsize)
     for ph in range(s.PH):
+        top, bottom = edge_pair(edges, ph)
         for pw in range(s.PW):
-            first, rows, columns = rectangle(s, edges, ph, pw)
-            share = type(like)(1) / type(like)(max(rows * columns, 1))
-            to, g = grads + first * itemsize, pooled + (ph * s.PW + pw) * itemsize
-            for c in range(count if rows * columns else 0):
-                value = peek(like, g + c * bins * itemsize) * share
-                rect_add(value, to + c * step, s.W, rows, columns)
+            left, right = edge_pair(edges, s.PH + pw)
+            number = (bottom - top) * (right - left)
+            share = one / type(like)(max(number, 1))
+            first = grads + (score_map(s, ph, pw) * plane + top * s.W + left) * itemsize
+            g = pooled + (ph * s.PW + pw) * itemsize
+            if number:
+                add_to_rectangles(share, count, first, step, s.W, bottom - top, right - left, g, bins * itemsize)
+
+
+@inner
+def add_to_rectangles(share, count, first, step, width, rows, columns, g, g_step):  # type: ignore[no-untyped-def]
+    """Add share times g[channel] to a rectangle of each channel: the transpose of `rectangles`."""
+    stay_apart()
+    for c in range(count):
+        rect_add(peek(share, g + c * g_step) * share, first + c * step, width, rows, columns)
 
 
 # ---------------------------------------------------------------- from Python
