@@ -23,10 +23,10 @@ exact = numba.njit(error_model="numpy", fastmath=False)  # said, as Numba hands 
 
 
 @intrinsic
-def peek(typingctx, like, address):  # type: ignore[no-untyped-def]
+def peek(typingctx, like, address):
     """The number of the type of `like` at `address`."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         kind = context.get_value_type(like)
         size = 4 if like == types.float32 else 8
         return builder.load(builder.inttoptr(args[1], kind.as_pointer()), align=size)
@@ -35,10 +35,10 @@ def peek(typingctx, like, address):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def poke(typingctx, address, value):  # type: ignore[no-untyped-def]
+def poke(typingctx, address, value):
     """Store a number at `address`."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         size = 4 if value == types.float32 else 8
         builder.store(args[1], builder.inttoptr(args[0], args[1].type.as_pointer()), align=size)
         return context.get_dummy_value()
@@ -47,10 +47,10 @@ def poke(typingctx, address, value):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def size_of(typingctx, like):  # type: ignore[no-untyped-def]
+def size_of(typingctx, like):
     """Bytes of a number of the type of `like`: a constant, so that addresses become simple ones."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         return context.get_constant(types.intp, like.bitwidth // 8)
 
     return types.intp(like), codegen
@@ -64,7 +64,7 @@ _WHOLE = 2.0**40  # up to here bins of whole pixels are exact in int64; beyond, 
 
 
 @exact
-def half_away(v):  # type: ignore[no-untyped-def]
+def half_away(v):
     """Round half away from zero."""
     whole = np.trunc(v)
     if abs(v - whole) >= 0.5:
@@ -73,14 +73,14 @@ def half_away(v):  # type: ignore[no-untyped-def]
 
 
 @exact
-def scaled(v, scale):  # type: ignore[no-untyped-def]
+def scaled(v, scale):
     """v * scale, cut to where arithmetic with it cannot overflow."""
     far = type(v)(_FAR)
     return min(max(v * scale, -far), far)
 
 
 @exact
-def start_and_size(rule, low, high, scale):  # type: ignore[no-untyped-def]
+def start_and_size(rule, low, high, scale):
     """Where a RoI starts on the map, and how long it is."""
     stay_apart()
     real = type(low)
@@ -105,7 +105,7 @@ def start_and_size(rule, low, high, scale):  # type: ignore[no-untyped-def]
 
 
 @exact
-def whole_bin(start, size, bins, i):  # type: ignore[no-untyped-def]
+def whole_bin(start, size, bins, i):
     """Eq. 5: [start + floor(i w/k), start + ceil((i+1) w/k)), as float64."""
     if size <= _WHOLE and abs(start) <= _WHOLE:
         first = np.int64(start) + i * np.int64(size) // bins
@@ -116,7 +116,7 @@ def whole_bin(start, size, bins, i):  # type: ignore[no-untyped-def]
 
 
 @exact
-def pooled_bin(rule, start, size, bins, i, length):  # type: ignore[no-untyped-def]
+def pooled_bin(rule, start, size, bins, i, length):
     """(first, last, number): the map's pixels of a pooled bin, and how many its mean counts."""
     stay_apart()
     real = type(start)
@@ -141,7 +141,7 @@ def pooled_bin(rule, start, size, bins, i, length):  # type: ignore[no-untyped-d
 
 
 @exact
-def touching(first, spacing, number, length, eps):  # type: ignore[no-untyped-def]
+def touching(first, spacing, number, length, eps):
     """(low, high): the k of low <= k < high are those of 0 <= k < number whose point may touch the map."""
     if spacing == 0:
         return 0.0, number
@@ -153,7 +153,7 @@ def touching(first, spacing, number, length, eps):  # type: ignore[no-untyped-de
 
 
 @exact
-def add_line(n, line, weight, slope, index, weights, slopes):  # type: ignore[no-untyped-def]
+def add_line(n, line, weight, slope, index, weights, slopes):
     """Add to a line's weight and slope; it is one of the last two or a new one. Returns the number of lines."""
     itemsize = size_of(weight)
     for back in (1, 2):
@@ -169,7 +169,7 @@ def add_line(n, line, weight, slope, index, weights, slopes):  # type: ignore[no
 
 
 @exact
-def add_point(n, v, length, clamped, weight, slope, index, weights, slopes):  # type: ignore[no-untyped-def]
+def add_point(n, v, length, clamped, weight, slope, index, weights, slopes):
     """Add the cell of a coordinate: `weight` 1 or 0 where it counts or not, `slope` 1 or 0 where it moves.
 
     The line is clamped, not the coordinate: from 2^24 on float32 cannot tell length - 1 from lines off the map.
@@ -188,10 +188,11 @@ def add_point(n, v, length, clamped, weight, slope, index, weights, slopes):  # 
 
 
 @exact
-def lines(rule, ratio, start, size, bins, i, shift, length, index, weights, slopes):  # type: ignore[no-untyped-def]
+def lines(rule, ratio, sloped, start, size, bins, i, shift, length, index, weights, slopes):
     """The lines of pixels that bin i touches, into the lists at three addresses: (how many, its points or pixels).
 
-    `shift` moves the bin's points; it is not NaN.
+    `shift` moves the bin's points; it is not NaN. A point that does not count but has a derivative, at -1, is left out
+    unless `sloped`: it reads no pixel, so that an infinite one does not reach it.
     """
     stay_apart()
     real = type(start)
@@ -211,7 +212,7 @@ def lines(rule, ratio, start, size, bins, i, shift, length, index, weights, slop
         low, high = touching(first + np.float64(shift), 1.0, end - first, length, eps)
         for j in range(np.int64(high - low)):
             v = real(first + (low + j)) + shift
-            if v >= -1 and v < length:
+            if (v > -1 or (sloped and v == -1)) and v < length:
                 n = add_point(n, v, length, False, one if v > -1 else zero, one, index, weights, slopes)
         return n, end - first
     step = size / real(bins)

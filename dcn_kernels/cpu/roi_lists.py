@@ -46,7 +46,7 @@ class Bin(NamedTuple):
 
 
 @spliced
-def lists_of(thread, index, weight, slope, found, number):  # type: ignore[no-untyped-def]
+def lists_of(thread, index, weight, slope, found, number):
     """A thread's Lists."""
     return Lists(
         index.shape[2],
@@ -59,18 +59,18 @@ def lists_of(thread, index, weight, slope, found, number):  # type: ignore[no-un
 
 
 @exact
-def shift_and_reach(offset, factor, size):  # type: ignore[no-untyped-def]
+def shift_and_reach(offset, factor, size):
     """How far a bin moves, (offset * factor) * size, and the derivative of that."""
     return (offset * factor) * size, factor * size
 
 
 @inner
-def find_lines(s, lists, which, start, size, bins, i, shift, length):  # type: ignore[no-untyped-def]
+def find_lines(s, lists, which, start, size, bins, i, shift, length):
     """Fill list `which` with the lines of bin i of an axis of the map."""
     become_part()
     at, itemsize = which * lists.most, size_of(shift)
     found, number = lines(
-        s.rule, s.ratio, start, size, bins, i, shift, length,
+        s.rule, s.ratio, s.sloped, start, size, bins, i, shift, length,
         lists.line + at * 8, lists.weight + at * itemsize, lists.slope + at * itemsize,
     )  # fmt: skip
     poke(lists.found + which * 8, found)
@@ -78,7 +78,7 @@ def find_lines(s, lists, which, start, size, bins, i, shift, length):  # type: i
 
 
 @spliced
-def lines_in(lists, which, itemsize):  # type: ignore[no-untyped-def]
+def lines_in(lists, which, itemsize):
     """List `which`."""
     at = which * lists.most
     return Lines(
@@ -90,7 +90,7 @@ def lines_in(lists, which, itemsize):  # type: ignore[no-untyped-def]
 
 
 @inner
-def find_bin(s, regions, box, r, cls, ph, pw, lists):  # type: ignore[no-untyped-def]
+def find_bin(s, regions, box, r, cls, ph, pw, lists):
     """Bin (ph, pw) of RoI r, for the channels of a class.
 
     Bins must come in row-major order: without offsets a RoI's columns are found at its first row of bins, and the
@@ -117,7 +117,7 @@ def find_bin(s, regions, box, r, cls, ph, pw, lists):  # type: ignore[no-untyped
 
 
 @spliced
-def modulation(s, regions, r, ph, pw):  # type: ignore[no-untyped-def]
+def modulation(s, regions, r, ph, pw):
     """The mask's value for a bin, or 1."""
     one = type(regions.scale)(1)
     return peek(one, regions.mask + ((r * s.PH + ph) * s.PW + pw) * size_of(one)) if s.masked else one

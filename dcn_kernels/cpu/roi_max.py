@@ -37,7 +37,7 @@ from dcn_kernels.dispatch.shapes import argmax_error
 
 
 @kernel
-def forward_worker(  # type: ignore[no-untyped-def]
+def forward_worker(
     thread, threads, sync,
     numbers,  # a Shape and the Arrays input, out, argmax, rois, two absent ones
     constants,  # (2,): spatial_scale and another
@@ -79,7 +79,7 @@ def forward_worker(  # type: ignore[no-untyped-def]
 
 
 @inner
-def roi_maxima(s, like, count, maps, edges, pooled, places, argmax):  # type: ignore[no-untyped-def]
+def roi_maxima(s, like, count, maps, edges, pooled, places, argmax):
     """pooled[slab, bin, lane] = the maxima of `count` channels over a RoI's bins; argmax[channel, bin], unless its
     address is 0, their places. All are addresses; `like` is any number of the type of sums."""
     stay_apart()
@@ -100,7 +100,7 @@ def roi_maxima(s, like, count, maps, edges, pooled, places, argmax):  # type: ig
 
 
 @inner
-def bin_maxima(s, like, slabs, maps, rows, columns, to, places, with_places):  # type: ignore[no-untyped-def]
+def bin_maxima(s, like, slabs, maps, rows, columns, to, places, with_places):
     """The maxima of one or SLABS slabs over the pixels of a bin, 0 of none; for one slab with their places, or -1."""
     become_part()
     (top, bottom), (left, right) = rows, columns
@@ -121,7 +121,7 @@ def bin_maxima(s, like, slabs, maps, rows, columns, to, places, with_places):  #
 
 
 @inner
-def store_places(places, bins, count, to):  # type: ignore[no-untyped-def]
+def store_places(places, bins, count, to):
     """to[channel, bin] = places[bin, lane] for `count` channels; both are addresses."""
     if count == LANES:
         turn_out(0.0, 8, places, bins, to, bins * 8)  # of 8 bytes each, whatever they mean
@@ -135,7 +135,7 @@ def store_places(places, bins, count, to):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def backward_worker(  # type: ignore[no-untyped-def]
+def backward_worker(
     thread, threads, sync,
     numbers,  # a Shape and the Arrays input, grad_output, grad_input, rois, two absent ones
     constants,  # (2,): spatial_scale and another
@@ -180,7 +180,7 @@ def backward_worker(  # type: ignore[no-untyped-def]
 
 
 @inner
-def roi_gradients(s, like, count, maps, edges, pooled, places, unused, grads):  # type: ignore[no-untyped-def]
+def roi_gradients(s, like, count, maps, edges, pooled, places, unused, grads):
     """Add pooled[slab, bin, lane], a RoI's gradients, where the maxima of `maps` are; the maxima go to `unused`."""
     stay_apart()
     itemsize, bins = size_of(like), s.PH * s.PW
@@ -200,7 +200,7 @@ def roi_gradients(s, like, count, maps, edges, pooled, places, unused, grads):  
 
 
 @kernel
-def argmax_backward_worker(  # type: ignore[no-untyped-def]
+def argmax_backward_worker(
     thread, threads, sync,
     numbers,  # a Shape and the Arrays argmax, grad_output, grad_input
     units,  # (units, 4)
@@ -246,7 +246,7 @@ def argmax_backward_worker(  # type: ignore[no-untyped-def]
 
 
 @inner
-def add_at(like, values, places, count, plane, pixels):  # type: ignore[no-untyped-def]
+def add_at(like, values, places, count, plane, pixels):
     """plane[places[i]] += values[i], all addresses; returns a place that is no pixel's and not -1, or -1."""
     bad, itemsize = np.int64(-1), size_of(like)
     for i in range(count):

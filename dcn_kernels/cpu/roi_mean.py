@@ -48,6 +48,7 @@ from dcn_kernels.cpu.roi_plan import (
 )
 from dcn_kernels.cpu.slabs import array_from, described, numbers_of
 from dcn_kernels.cpu.threads import claim, get_num_threads, join, leave, run
+from dcn_kernels.dispatch.memory import check
 from dcn_kernels.dispatch.roi_rules import Rule
 from dcn_kernels.dtypes import accumulator
 
@@ -55,7 +56,7 @@ from dcn_kernels.dtypes import accumulator
 
 
 @kernel
-def forward_worker(  # type: ignore[no-untyped-def]
+def forward_worker(
     thread, threads, sync,
     numbers,  # a Shape and the Arrays input, out, rois, offset, mask
     constants,  # (2,): spatial_scale and the factor of shifts
@@ -94,7 +95,7 @@ def forward_worker(  # type: ignore[no-untyped-def]
 
 
 @inner
-def roi_means(s, regions, r, cls, count, maps, pooled, lists):  # type: ignore[no-untyped-def]
+def roi_means(s, regions, r, cls, count, maps, pooled, lists):
     """pooled[slab, bin, lane] = the means of `count` channels, whose maps begin at `maps`, over the bins of RoI r."""
     stay_apart()
     itemsize = size_of(regions.scale)
@@ -114,7 +115,7 @@ def roi_means(s, regions, r, cls, count, maps, pooled, lists):  # type: ignore[n
 
 
 @inner
-def bin_means(s, share, b, count, maps, to, to_step):  # type: ignore[no-untyped-def]
+def bin_means(s, share, b, count, maps, to, to_step):
     """One bin's means: `share` times the weighed sums, of each channel or slab at `maps`, `to_step` bytes apart."""
     become_part()
     rows, columns, step = b.rows, b.columns, map_step(s, size_of(b.share))
@@ -139,7 +140,7 @@ def bin_means(s, share, b, count, maps, to, to_step):  # type: ignore[no-untyped
 
 
 @exact  # a sum that may be reordered becomes vectors with gathers: slow for the few pixels of a bin
-def plane_mean(like, plane, width, rows, columns):  # type: ignore[no-untyped-def]
+def plane_mean(like, plane, width, rows, columns):
     """sum_ij wy_i wx_j plane[row_i, column_j]; plane is an address."""
     total, itemsize = type(like)(0), size_of(like)
     for i in range(rows.length):
@@ -172,7 +173,7 @@ class Sums(NamedTuple):
 
 
 @kernel
-def backward_worker(  # type: ignore[no-untyped-def]
+def backward_worker(
     thread, threads, sync,
     numbers,  # a Shape, a Wanted and the Arrays input, grad_output, grad_input, rois, offset, mask, sums of both
     constants,  # (2,): spatial_scale and the factor of shifts
@@ -226,7 +227,7 @@ def backward_worker(  # type: ignore[no-untyped-def]
 
 
 @inner
-def roi_gradients(s, wanted, regions, sums, r, cls, count, maps, grads, pooled, lists, dot):  # type: ignore[no-untyped-def]
+def roi_gradients(s, wanted, regions, sums, r, cls, count, maps, grads, pooled, lists, dot):
     """What `count` channels of RoI r add to the gradients of their maps, at `grads`, and to `sums`."""
     stay_apart()
     itemsize = size_of(regions.scale)
@@ -246,7 +247,7 @@ def roi_gradients(s, wanted, regions, sums, r, cls, count, maps, grads, pooled, 
 
 
 @inner
-def bin_dots(s, b, count, maps, g, g_step, dot):  # type: ignore[no-untyped-def]
+def bin_dots(s, b, count, maps, g, g_step, dot):
     """dot = the sums over channels of their gradients g times (value, derivative by y, derivative by x) of a bin."""
     become_part()
     rows, columns, step = b.rows, b.columns, map_step(s, size_of(b.share))
@@ -277,7 +278,7 @@ def bin_dots(s, b, count, maps, g, g_step, dot):  # type: ignore[no-untyped-def]
 
 
 @inner
-def scatter_bin(s, share, b, count, grads, g, g_step):  # type: ignore[no-untyped-def]
+def scatter_bin(s, share, b, count, grads, g, g_step):
     """Add a bin's part to the gradients of each channel's or slab's map: the transpose of bin_means."""
     become_part()
     rows, columns, step = b.rows, b.columns, map_step(s, size_of(b.share))
@@ -301,7 +302,7 @@ def scatter_bin(s, share, b, count, grads, g, g_step):  # type: ignore[no-untype
 
 
 @inner
-def add_coordinate_gradients(s, sums, b, m, r, cls, ph, pw, dot):  # type: ignore[no-untyped-def]
+def add_coordinate_gradients(s, sums, b, m, r, cls, ph, pw, dot):
     """Add what a bin's dots give for its mask and its offset."""
     become_part()
     itemsize = size_of(m)
@@ -317,7 +318,7 @@ def add_coordinate_gradients(s, sums, b, m, r, cls, ph, pw, dot):  # type: ignor
 
 
 @exact
-def plane_dots(g, plane, width, rows, columns, dot):  # type: ignore[no-untyped-def]
+def plane_dots(g, plane, width, rows, columns, dot):
     """dot += g times the value and its derivatives by y and x."""
     itemsize, value = size_of(g), type(g)(0)
     slope_y = slope_x = value
@@ -337,7 +338,7 @@ def plane_dots(g, plane, width, rows, columns, dot):  # type: ignore[no-untyped-
 
 
 @exact
-def scatter_plane(g, plane, width, rows, columns):  # type: ignore[no-untyped-def]
+def scatter_plane(g, plane, width, rows, columns):
     """plane[row_i, column_j] += wy_i wx_j g."""
     itemsize = size_of(g)
     for i in range(rows.length):
@@ -408,6 +409,9 @@ def mean_backward(
         coordinates=bool(wanted.coordinates),
     )  # fmt: skip
     regions, ranges = prepared(rois, offset, mask, dtype=input.dtype), int(plan.units[:, 3].max()) + 1
+    shifts = sum(array.size for array in (offset, mask) if array is not None)
+    if wanted.coordinates:
+        check(ranges * shifts * accumulator(input.dtype).itemsize, "partial gradients")
     sums = {
         name: np.zeros((ranges, array.size), accumulator(input.dtype))
         for name in ("offset", "mask")

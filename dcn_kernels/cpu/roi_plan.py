@@ -18,6 +18,7 @@ from dcn_kernels.cpu.bins import peek, poke, pooled_bin, size_of, start_and_size
 from dcn_kernels.cpu.jit import become_part, inner, spliced, stay_apart, to_fixed_tuple
 from dcn_kernels.cpu.roi_lanes import LANES, SLABS
 from dcn_kernels.cpu.slabs import array_from
+from dcn_kernels.dispatch.memory import check
 from dcn_kernels.dispatch.roi_rules import Rule
 from dcn_kernels.dtypes import accumulator
 
@@ -49,6 +50,7 @@ class Shape(NamedTuple):
     block: int  # output channels that are worked on at once, a multiple of lanes
     in_place: int  # planes are read, and gradients added, where they are
     chunks: int  # of an image's RoIs, forward
+    sloped: int  # derivatives are wanted, also of points that do not count
 
 
 SHAPE_FIELDS = len(Shape._fields)
@@ -98,7 +100,7 @@ def make_plan(
         N=N, C=C, H=H, W=W, R=R, PH=output_size[0], PW=output_size[1], classes=classes,
         groups_h=rule.maps[0], groups_w=rule.maps[1], rule=rule.number, ratio=rule.samples,
         part_h=parts[0], part_w=parts[1], shifted=int(offset is not None), masked=int(masked),
-        lanes=lanes, block=block, in_place=int(in_place), chunks=chunks,
+        lanes=lanes, block=block, in_place=int(in_place), chunks=chunks, sloped=int(backward),
     )  # fmt: skip
     sizes = _buffers(shape, available, real)
     taken = {name: sizes[name] for name in buffers}
@@ -154,6 +156,8 @@ def prepared(*arrays: np.ndarray | None, dtype: np.dtype) -> list[np.ndarray | N
     """Arrays, or copies, that are C-contiguous, aligned and of the type of sums. Workers get addresses, so that no
     kernel is compiled again for other strides or alignments: the caller must hold the arrays until they are done."""
     real = accumulator(dtype)
+    given = [array for array in arrays if array is not None]
+    check(24 * len(given[0]) + sum(array.size for array in given) * real.itemsize, "RoIs in order")
     return [None if array is None else np.require(array, real, ("C", "A")) for array in arrays]
 
 
@@ -168,7 +172,7 @@ def by_image(rois: np.ndarray, images: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @spliced
-def shape_from(numbers):  # type: ignore[no-untyped-def]
+def shape_from(numbers):
     """The Shape at the start of a call's numbers."""
     return Shape(*to_fixed_tuple(numbers[:SHAPE_FIELDS], SHAPE_FIELDS))
 
@@ -184,7 +188,7 @@ class Regions(NamedTuple):
 
 
 @spliced
-def regions_from(arrays, i, constants):  # type: ignore[no-untyped-def]
+def regions_from(arrays, i, constants):
     """Of `Array`s i (rois), i + 1 (offset) and i + 2 (mask) of a call's numbers."""
     rois, offset, mask = array_from(arrays, i), array_from(arrays, i + 1), array_from(arrays, i + 2)
     return Regions(rois.address, offset.address, mask.address, constants[0], constants[1])
@@ -203,13 +207,13 @@ class Piece(NamedTuple):
 
 
 @spliced
-def pieces(s, units):  # type: ignore[no-untyped-def]
+def pieces(s, units):
     """How many pieces of work there are."""
     return units.shape[0] * s.N * s.chunks
 
 
 @spliced
-def piece(s, units, first_of, item):  # type: ignore[no-untyped-def]
+def piece(s, units, first_of, item):
     """The item-th piece of work."""
     unit, rest = item // (s.N * s.chunks), item % (s.N * s.chunks)
     n, chunk = rest // s.chunks, rest % s.chunks
@@ -220,25 +224,25 @@ def piece(s, units, first_of, item):  # type: ignore[no-untyped-def]
 
 
 @spliced
-def slabs_of(channels):  # type: ignore[no-untyped-def]
+def slabs_of(channels):
     """How many slabs hold so many channels."""
     return (channels + LANES - 1) // LANES
 
 
 @spliced
-def in_place(s, array, n, c0, itemsize):  # type: ignore[no-untyped-def]
+def in_place(s, array, n, c0, itemsize):
     """The address of the maps of output channel c0 of image n in a C-contiguous array of the type of sums."""
     return array.address + (n * s.C + c0 * s.groups_h * s.groups_w) * s.H * s.W * itemsize
 
 
 @spliced
-def map_step(s, itemsize):  # type: ignore[no-untyped-def]
+def map_step(s, itemsize):
     """Bytes from one slab's maps, or one channel's where lanes = 1, to the next."""
     return s.groups_h * s.groups_w * s.H * s.W * s.lanes * itemsize
 
 
 @inner
-def score_map(s, ph, pw):  # type: ignore[no-untyped-def]
+def score_map(s, ph, pw):
     """Which of a class's score maps bin (ph, pw) reads."""
     become_part()
     gh = min(ph * s.groups_h // s.PH, s.groups_h - 1)
@@ -246,7 +250,7 @@ def score_map(s, ph, pw):  # type: ignore[no-untyped-def]
 
 
 @spliced
-def extent(s, regions, r):  # type: ignore[no-untyped-def]
+def extent(s, regions, r):
     """Where RoI r starts and its size, along y and along x."""
     scale, itemsize = regions.scale, size_of(regions.scale)
     at = regions.rois + r * 5 * itemsize
@@ -256,7 +260,7 @@ def extent(s, regions, r):  # type: ignore[no-untyped-def]
 
 
 @inner
-def find_edges(s, regions, r, edges):  # type: ignore[no-untyped-def]
+def find_edges(s, regions, r, edges):
     """RoI r's bins of whole pixels, at the address `edges`: the first row and the row after the last of each ph, then
     the same of the columns of each pw."""
     stay_apart()
@@ -272,6 +276,6 @@ def find_edges(s, regions, r, edges):  # type: ignore[no-untyped-def]
 
 
 @spliced
-def edge_pair(edges, i):  # type: ignore[no-untyped-def]
+def edge_pair(edges, i):
     """The i-th pair that find_edges wrote."""
     return peek(i, edges + 16 * i), peek(i, edges + 16 * i + 8)

@@ -36,7 +36,7 @@ from dcn_kernels.dispatch.roi_rules import Rule
 
 
 @inner
-def find_all_edges(sync, s, regions, edges):  # type: ignore[no-untyped-def]
+def find_all_edges(sync, s, regions, edges):
     """Every RoI's edges, found by all threads together."""
     stay_apart()
     r = claim(sync)
@@ -47,7 +47,7 @@ def find_all_edges(sync, s, regions, edges):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def forward_worker(  # type: ignore[no-untyped-def]
+def forward_worker(
     thread, threads, sync,
     numbers,  # a Shape and the Arrays input, out, rois, two absent ones
     constants,  # (2,): spatial_scale and another
@@ -85,7 +85,7 @@ def forward_worker(  # type: ignore[no-untyped-def]
 
 
 @inner
-def roi_sums(s, like, count, maps, edges, pooled):  # type: ignore[no-untyped-def]
+def roi_sums(s, like, count, maps, edges, pooled):
     """pooled[channel, bin] = the means of `count` channels over a RoI's bins; `like` is of the type of sums."""
     stay_apart()
     zero, one, itemsize = type(like)(0), type(like)(1), size_of(like)
@@ -106,7 +106,7 @@ def roi_sums(s, like, count, maps, edges, pooled):  # type: ignore[no-untyped-de
 
 
 @inner
-def rectangles(share, count, first, step, width, rows, columns, to, to_step):  # type: ignore[no-untyped-def]
+def rectangles(share, count, first, step, width, rows, columns, to, to_step):
     """to[channel] = share times the sum of a rectangle of each channel; all but shapes and share are addresses and
     steps in bytes. Apart from the loops over bins it has the registers to itself."""
     stay_apart()
@@ -115,7 +115,7 @@ def rectangles(share, count, first, step, width, rows, columns, to, to_step):  #
 
 
 @kernel
-def backward_worker(  # type: ignore[no-untyped-def]
+def backward_worker(
     thread, threads, sync,
     numbers,  # a Shape and the Arrays grad_output, grad_input, rois, two absent ones
     constants,  # (2,): spatial_scale and another
@@ -157,7 +157,7 @@ def backward_worker(  # type: ignore[no-untyped-def]
 
 
 @inner
-def roi_gradients(s, like, count, pooled, edges, grads):  # type: ignore[no-untyped-def]
+def roi_gradients(s, like, count, pooled, edges, grads):
     """Add pooled[channel, bin], a RoI's gradients, to those of the bins' pixels: the transpose of roi_sums."""
     stay_apart()
     one, itemsize = type(like)(1), size_of(like)
@@ -175,7 +175,7 @@ def roi_gradients(s, like, count, pooled, edges, grads):  # type: ignore[no-unty
 
 
 @inner
-def add_to_rectangles(share, count, first, step, width, rows, columns, g, g_step):  # type: ignore[no-untyped-def]
+def add_to_rectangles(share, count, first, step, width, rows, columns, g, g_step):
     """Add share times g[channel] to a rectangle of each channel: the transpose of `rectangles`."""
     stay_apart()
     for c in range(count):

@@ -70,7 +70,7 @@ def limits(border: str, height: int, width: int, real: Any) -> np.ndarray:
 
 
 @spliced
-def _cell(y, x, zero, low_y, high_y, first_y, last_y, start_y, stop_y, low_x, high_x, first_x, last_x, start_x, stop_x):  # type: ignore[no-untyped-def]
+def _cell(y, x, zero, low_y, high_y, first_y, last_y, start_y, stop_y, low_x, high_x, first_x, last_x, start_x, stop_x):
     """The cell of position (y, x): row, column, fractions, and whether it is near, counts, moves with y, with x."""
     counts_y, counts_x = (first_y <= y) & (y <= last_y), (first_x <= x) & (x <= last_x)
     moves_y, moves_x = (start_y <= y) & (y <= stop_y), (start_x <= x) & (x <= stop_x)
@@ -82,17 +82,17 @@ def _cell(y, x, zero, low_y, high_y, first_y, last_y, start_y, stop_y, low_x, hi
 
 
 @intrinsic
-def _pixel(typingctx, row, width, column):  # type: ignore[no-untyped-def]
+def _pixel(typingctx, row, width, column):
     """row * width + column in 32 bits, where Numba would widen to 64: twice as many to a vector."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         return builder.add(builder.mul(args[0], args[1]), args[2])
 
     return types.int32(types.int32, types.int32, types.int32), codegen
 
 
 @inner
-def corner_table(asked, y, x, m, count, height, width, limits, index, weight, row):  # type: ignore[no-untyped-def]
+def corner_table(asked, y, x, m, count, height, width, limits, index, weight, row):
     """The corners of `count` positions y, x and their weights m G(q, p), as index[row, q, p] and weight[row, q, p].
 
     Corners q are 00, 01, 10, 11. NaN positions get the pixel `empty` and NaN weights. A sample that does not count
@@ -132,11 +132,15 @@ def corner_table(asked, y, x, m, count, height, width, limits, index, weight, ro
 
 
 @inner
-def coordinate_gradients(y, x, m, count, limits, dots, grad_y, grad_x, grad_m):  # type: ignore[no-untyped-def]
-    """Gradients of positions and masks from dots[p, q] = sum_c g_c x_c(q) over the corners q of position p."""
+def coordinate_gradients(y, x, m, count, limits, dots, grad_y, grad_x, grad_m):
+    """Gradients of positions and masks from dots[p, q] = sum_c g_c x_c(q) over the corners q of position p.
+
+    A g that is infinite or NaN makes all four dots so, and with them the gradients that the rule holds at 0: 0 times g.
+    Pixels do that to their own dots alone, and a rule of 0 reads none.
+    """
     stay_apart()
     one = y.dtype.type(1)
-    zero = one - one
+    zero, endless = one - one, y.dtype.type(np.inf)
     low_y, high_y, first_y, last_y, start_y, stop_y = limits[0]
     low_x, high_x, first_x, last_x, start_x, stop_x = limits[1]
     for p in range(count):
@@ -152,6 +156,8 @@ def coordinate_gradients(y, x, m, count, limits, dots, grad_y, grad_x, grad_m): 
         slope_x = m[p] * ((one - ly) * (d01 - d00) + ly * (d11 - d10))
         wrong = (y[p] != y[p]) | (x[p] != x[p])
         nan = y[p] + x[p]
-        grad_y[p] = nan if wrong else (slope_y if moves_y else m[p] * zero)
-        grad_x[p] = nan if wrong else (slope_x if moves_x else m[p] * zero)
-        grad_m[p] = nan if wrong else (value if counts else zero)
+        finite = (abs(d00) < endless) | (abs(d01) < endless) | (abs(d10) < endless) | (abs(d11) < endless)
+        still = zero if finite else d00 * zero  # 0, or NaN of a g
+        grad_y[p] = nan if wrong else (slope_y if moves_y else m[p] * zero + still)
+        grad_x[p] = nan if wrong else (slope_x if moves_x else m[p] * zero + still)
+        grad_m[p] = nan if wrong else (value if counts else still)

@@ -146,10 +146,13 @@ KERNEL(gradients, THREADS)
           for (int v = 0; v < VEC; v++) {
             const acc_t x00 = acc_t(corner[0].v[v]), x01 = acc_t(corner[1].v[v]);
             const acc_t x10 = acc_t(corner[2].v[v]), x11 = acc_t(corner[3].v[v]);
-            if (flags & MOVES_Y) sum_y += g[v] * ((1 - lx) * (x10 - x00) + lx * (x11 - x01));
-            if (flags & MOVES_X) sum_x += g[v] * ((1 - ly) * (x01 - x00) + ly * (x11 - x10));
-            if (flags & VALUE)
-              sum_value += g[v] * ((1 - ly) * ((1 - lx) * x00 + lx * x01) + ly * ((1 - lx) * x10 + lx * x11));
+            const acc_t slope_y = (1 - lx) * (x10 - x00) + lx * (x11 - x01);
+            const acc_t slope_x = (1 - ly) * (x01 - x00) + ly * (x11 - x10);
+            const acc_t value = (1 - ly) * ((1 - lx) * x00 + lx * x01) + ly * ((1 - lx) * x10 + lx * x11);
+            // 0 times a g that is not finite is NaN; a pixel that the rule does not read is not multiplied
+            sum_y += g[v] * ((flags & MOVES_Y) ? slope_y : acc_t(0));
+            sum_x += g[v] * ((flags & MOVES_X) ? slope_x : acc_t(0));
+            sum_value += g[v] * ((flags & VALUE) ? value : acc_t(0));
           }
         }
         if (grad_input != nullptr) {

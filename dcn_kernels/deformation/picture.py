@@ -60,7 +60,7 @@ def draw(*arguments: Any, kind: str, **more: Any) -> bytes:
     """The picture that `compose` makes of the same arguments, as a "png", "svg" or "pdf" file."""
     buffer = io.BytesIO()
     compose(*arguments, **more).savefig(buffer, format=kind, dpi=100)
-    return _smaller(buffer) if kind == "png" else buffer.getvalue()
+    return smaller(buffer) if kind == "png" else buffer.getvalue()
 
 
 def compose(
@@ -117,7 +117,7 @@ def compose(
     axes = figure.subplots(down, across, squeeze=False)
     for axis, unit, points, title in zip(axes.flat, units, seen, titles, strict=False):
         if photograph is not None:
-            axis.imshow(_faint(photograph), extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation="bilinear")
+            axis.imshow(faint(photograph), extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation="bilinear")
         axis.add_patch(Rectangle((-0.5, -0.5), width, height, fill=False, edgecolor="#808080", linewidth=0.8))
         handles = []
         for number, of_layer in enumerate(points):  # the many of the lowest layer first
@@ -158,9 +158,10 @@ def _labels(layers: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[s
 def missing(
     layers: Sequence[Mapping[str, Any]], points: Sequence[np.ndarray], input_size: tuple[int, int]
 ) -> dict[str, int]:
-    """How many of the lowest layer's points are outside its input, are NaN, or have no filter above that they are of.
+    """How many of the lowest layer's points are outside its input, are NaN, or are cut off above.
 
-    A filter is missing above where a point of an upper layer is NaN or beside the map beneath it.
+    Cut off are the points below a point of an upper layer that is NaN or lies beside the map beneath it: no filter is
+    there.
     """
     lowest = points[0]
     nan = np.isnan(lowest).any(axis=1)
@@ -177,7 +178,7 @@ def missing(
 
 
 def in_lowest(layers: Sequence[Mapping[str, Any]], units: np.ndarray) -> np.ndarray:
-    """(y, x) of the centres of units of the last of these layers, in the first one's input, were there no offsets."""
+    """(y, x), in the first layer's input, of the centres that units of the last layer would have without offsets."""
     for layer in reversed(layers):
         kernel, stride, padding, dilation = (
             np.broadcast_to(layer.get(name, default), 2)
@@ -206,7 +207,7 @@ def _title(
     return f"{title}\nof {len(points[0])} points: {lost}" if lost else title
 
 
-def _faint(photograph: np.ndarray) -> np.ndarray:
+def faint(photograph: np.ndarray) -> np.ndarray:
     """Grey and most of the way to white, so that points stand out from its darkest, in (h, w, 3) of 0 to 1."""
     whole = np.iinfo(photograph.dtype).max if photograph.dtype.kind in "ui" else 1
     values = photograph.astype(float) / whole
@@ -215,7 +216,7 @@ def _faint(photograph: np.ndarray) -> np.ndarray:
     return np.clip(0.65 + 0.35 * grey, 0, 1)[..., None].repeat(3, -1)
 
 
-def _smaller(buffer: io.BytesIO) -> bytes:
+def smaller(buffer: io.BytesIO) -> bytes:
     """The PNG with a palette: a third of the size, for pages and repositories."""
     from PIL import Image  # matplotlib needs it too
 

@@ -30,12 +30,12 @@ from dcn_kernels.reference.sampling import Corners, corners, gradient, sample, s
 class Bin(NamedTuple):
     """The channels of one class in one bin of one RoI."""
 
-    to: tuple[int, slice, int, int]  # where their output stands
+    to: tuple[int, slice, int, int]  # the index of their output
     image: int
     channels: slice  # the input channels they read
     at: Corners  # their sampling points (rows, columns)
     number: float  # what the sum is divided by
-    offset_x: tuple[int, int, int, int]  # where in the offset array their shift stands
+    offset_x: tuple[int, int, int, int]  # the index of their shift in the offset array
     offset_y: tuple[int, int, int, int]
     reach_x: float  # d shift / d offset, in pixels
     reach_y: float
@@ -180,8 +180,9 @@ def _backward(
         scatter(grads["input"][b.image, b.channels], b.at, each)
         if offset is not None:
             slope_y, slope_x = gradient(plane, b.at)
-            grads["offset"][b.offset_x] += (each * slope_x).sum() * b.reach_x
-            grads["offset"][b.offset_y] += (each * slope_y).sum() * b.reach_y
+            nothing = (grad * m * 0).sum()  # NaN where one is not finite, also in a bin without samples
+            grads["offset"][b.offset_x] += ((each * slope_x).sum() + nothing) * b.reach_x
+            grads["offset"][b.offset_y] += ((each * slope_y).sum() + nothing) * b.reach_y
         if mask is not None:
             grads["mask"][r, ph, pw] = (grad * sample(plane, b.at).sum(axis=(1, 2))).sum()
     return grads
