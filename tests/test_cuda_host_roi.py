@@ -404,13 +404,13 @@ def large_map_is_right(library: Library) -> bool:
     return bool(np.allclose(slopes.ravel(), [4 * 0.1 * 3, 4 * 0.1 * 4]))
 
 
-@pytest.mark.parametrize("kernel", ["none", "mean", "spread", "maximum", "offset_gradients"])
+@pytest.mark.parametrize("kernel", ["none", "mean", "scatter", "maximum", "offset_gradients"])
 def test_index_of_32_bits_is_caught(library: Library, kernel: str) -> None:
     rows, grad = "(at + rows.line[i] * s.input_y", "(at + rows.line[i] * s.grad_y"
     planted = {
         "none": (),
         "mean": ("roi_mean", rows, "(at + int(rows.line[i] * s.input_y)"),
-        "spread": ("roi_mean", grad, "(at + int(rows.line[i] * s.grad_y)"),
+        "scatter": ("roi_mean", grad, "(at + int(rows.line[i] * s.grad_y)"),
         "maximum": ("roi_pool", "(at + y * s.input_y", "(at + int(y * s.input_y)"),
         "offset_gradients": ("deform_roi_pool", rows, "(at + int(rows.line[i] * s.input_y)"),
     }[kernel]

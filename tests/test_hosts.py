@@ -14,7 +14,7 @@ from dcn_kernels.cpu.columns import Shape, shape_from
 from dcn_kernels.cpu.deform_conv_backward import pack_slab
 from dcn_kernels.cpu.gemm import DEPTH
 from dcn_kernels.cpu.jit import kernel
-from dcn_kernels.cpu.slabs import array_from, described, numbers
+from dcn_kernels.cpu.slabs import array_from, described, numbers_of
 
 SIZES = dict.fromkeys(Shape._fields, 0) | {"C": 40, "O": 250, "KH": 3, "KW": 3, "groups": 1}
 
@@ -38,7 +38,7 @@ def test_weights_of_a_slab_are_packed_in_panels_of_any_width(width: int, lanes: 
     for part in (expected[:DEPTH], expected[DEPTH:]):
         parts += [part[:, j : j + shape.panel].ravel() for j in range(0, columns, shape.panel)]
     packed, line = np.full(shape.O * columns, np.nan, np.float32), np.empty(lanes * 9, np.float32)
-    call = numbers(shape), numbers(described(weight.reshape(shape.O, shape.C, 3, 3)))
+    call = numbers_of(shape), numbers_of(described(weight.reshape(shape.O, shape.C, 3, 3)))
     pack(*call, first, count, k0, k1, columns, packed, line)
     np.testing.assert_array_equal(packed, np.concatenate(parts))
 

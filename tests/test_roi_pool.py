@@ -13,6 +13,7 @@ from conftest import Backend
 
 from dcn_kernels import OPS, roi_align, roi_pool, roi_pool_backward
 from dcn_kernels.check.calls import to_backend, to_numpy
+from dcn_kernels.dispatch.call import call
 from dcn_kernels.dispatch.row import Op
 from dcn_kernels.ops.roi_pool import PS_ROI_ALIGN, PS_ROI_POOL, ROI_ALIGN, ROI_POOL
 
@@ -377,3 +378,38 @@ def test_float32_bins_are_those_of_the_reference(backend: Backend, op: Op, optio
         arrays = {"input": image, "rois": boxes}
         got, want = (each.forward(op, arrays, params) for each in (backend, Backend("reference")))
         np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+def unaligned(array: np.ndarray) -> np.ndarray:
+    """A read-only copy that begins one byte beyond an element."""
+    memory = np.empty(array.nbytes + 1, np.uint8)
+    copy = memory[1:].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    copy.flags.writeable = False
+    assert not copy.flags.aligned
+    return copy
+
+
+@pytest.mark.parametrize("op", ROWS)
+def test_arrays_of_any_alignment_are_worked_on_by_the_kernels_there_are(op: Op) -> None:
+    from dcn_kernels.cpu import roi_max, roi_mean, roi_sum
+
+    def compiled() -> int:
+        modules = (roi_max, roi_mean, roi_sum)
+        return sum(len(value.signatures) for m in modules for name, value in vars(m).items() if name.endswith("worker"))
+
+    def everything(arrays: dict[str, Any], grad: np.ndarray | None = None) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        out = call(op, "forward", arrays, sample.params, backend="cpu")
+        grad = np.ones_like(out) if grad is None else grad
+        return out, call(op, "backward", {"grad_output": grad, **arrays}, sample.params, backend="cpu")
+
+    sample = op.samples(0)[0]
+    given = {name: array.astype(np.float32) for name, array in sample.arrays.items()}
+    arrays = {name: given.get(name) for name in op.arrays}
+    out, grads = everything(arrays)
+    before = compiled()
+    for names in [*((name,) for name in given), tuple(given)]:
+        got, found = everything(arrays | {name: unaligned(given[name]) for name in names}, unaligned(np.ones_like(out)))
+        assert np.array_equal(got, out, equal_nan=True), names
+        assert all(np.array_equal(found[name], grads[name], equal_nan=True) for name in grads), names
+    assert compiled() == before > 0

@@ -145,12 +145,12 @@ def guarded(side: str) -> Iterator[None]:
         set_handler(before)
 
 
-def _allocate(plan: Any) -> dict[str, np.ndarray]:
+def _allocate(wanted: Any) -> dict[str, np.ndarray]:
     """`cpu.workspace.allocate` with a piece of memory for each buffer."""
-    if isinstance(plan, dict):
-        named = [(name, shape, dtype) for name, (shape, dtype) in plan.items()]
+    if isinstance(wanted, dict):
+        named = [(name, shape, dtype) for name, (shape, dtype) in wanted.items()]
     else:
-        named = [(name, shape, dtype) for name, shape, dtype, _ in plan.buffers]
+        named = [(name, shape, dtype) for name, shape, dtype, _ in wanted.buffers]
     buffers = {}
     for name, shape, dtype in named:
         size = prod(shape) * np.dtype(dtype).itemsize

@@ -10,23 +10,19 @@ these functions are compiled without any freedom to contract or reorder.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numba
 import numpy as np
 from numba import types
-from numba.extending import intrinsic
 
-from dcn_kernels.cpu.jit import stay_apart
+from dcn_kernels.cpu.jit import intrinsic, stay_apart
 
 exact = numba.njit(error_model="numpy", fastmath=False)  # said, as Numba hands down the caller's flags where it is not
-_intrinsic: Any = intrinsic  # to a type checker a call of one lacks its first argument
 
 # A function that takes an array counts a reference to it, atomically: dearer than a bin's few numbers, and threads
 # that count those of one array wait for each other. So lists and maps come as addresses, read and written by these.
 
 
-@_intrinsic
+@intrinsic
 def peek(typingctx, like, address):
     """The number of the type of `like` at `address`."""
 
@@ -38,7 +34,7 @@ def peek(typingctx, like, address):
     return like(like, types.intp), codegen
 
 
-@_intrinsic
+@intrinsic
 def poke(typingctx, address, value):
     """Store a number at `address`."""
 
@@ -48,6 +44,16 @@ def poke(typingctx, address, value):
         return context.get_dummy_value()
 
     return types.void(types.intp, value), codegen
+
+
+@intrinsic
+def size_of(typingctx, like):
+    """Bytes of a number of the type of `like`: a constant, so that addresses become simple ones."""
+
+    def codegen(context, builder, signature, args):
+        return context.get_constant(types.intp, like.bitwidth // 8)
+
+    return types.intp(like), codegen
 
 
 # In the order of dispatch.roi_rules.RULES.
@@ -147,8 +153,9 @@ def touching(first, spacing, number, length, eps):
 
 
 @exact
-def add_line(itemsize, n, line, weight, slope, index, weights, slopes):
+def add_line(n, line, weight, slope, index, weights, slopes):
     """Add to a line's weight and slope; it is one of the last two or a new one. Returns the number of lines."""
+    itemsize = size_of(weight)
     for back in (1, 2):
         i = n - back
         if i >= 0 and peek(n, index + i * 8) == line:
@@ -162,7 +169,7 @@ def add_line(itemsize, n, line, weight, slope, index, weights, slopes):
 
 
 @exact
-def add_point(itemsize, n, v, length, clamped, weight, slope, index, weights, slopes):
+def add_point(n, v, length, clamped, weight, slope, index, weights, slopes):
     """Add the cell of a coordinate: `weight` 1 or 0 where it counts or not, `slope` 1 or 0 where it moves.
 
     The line is clamped, not the coordinate: from 2^24 on float32 cannot tell length - 1 from lines off the map.
@@ -174,14 +181,14 @@ def add_point(itemsize, n, v, length, clamped, weight, slope, index, weights, sl
     if clamped and line >= length - 1:
         line, l = np.int64(length - 1), v - v
     if line >= 0 and line < length:
-        n = add_line(itemsize, n, line, (type(v)(1) - l) * weight, -slope, index, weights, slopes)
+        n = add_line(n, line, (type(v)(1) - l) * weight, -slope, index, weights, slopes)
     if line + 1 < length:
-        n = add_line(itemsize, n, line + 1, l * weight, slope, index, weights, slopes)
+        n = add_line(n, line + 1, l * weight, slope, index, weights, slopes)
     return n
 
 
 @exact
-def lines(rule, ratio, sloped, start, size, bins, i, shift, length, itemsize, index, weights, slopes):
+def lines(rule, ratio, sloped, start, size, bins, i, shift, length, index, weights, slopes):
     """The lines of pixels that bin i touches, into the lists at three addresses: (how many, its points or pixels).
 
     `shift` moves the bin's points; it is not NaN. A point that does not count but has a derivative, at -1, is left out
@@ -189,7 +196,7 @@ def lines(rule, ratio, sloped, start, size, bins, i, shift, length, itemsize, in
     """
     stay_apart()
     real = type(start)
-    n, zero, one = np.int64(0), real(0), real(1)
+    n, zero, one, itemsize = np.int64(0), real(0), real(1), size_of(start)
     last = np.float64(length - 1)  # exact, as comparisons with it are
     if rule == AVG:
         top, bottom, number = pooled_bin(rule, start, size, bins, i, length)
@@ -206,7 +213,7 @@ def lines(rule, ratio, sloped, start, size, bins, i, shift, length, itemsize, in
         for j in range(np.int64(high - low)):
             v = real(first + (low + j)) + shift
             if (v > -1 or (sloped and v == -1)) and v < length:
-                n = add_point(itemsize, n, v, length, False, one if v > -1 else zero, one, index, weights, slopes)
+                n = add_point(n, v, length, False, one if v > -1 else zero, one, index, weights, slopes)
         return n, end - first
     step = size / real(bins)
     base = (real(i) * step + start) + shift
@@ -218,7 +225,7 @@ def lines(rule, ratio, sloped, start, size, bins, i, shift, length, itemsize, in
             if v >= -half and v <= last + 0.5:
                 number += 1
                 moves = one if v > 0 and v < last and v != np.floor(v) else zero
-                n = add_point(itemsize, n, v, length, True, one, moves, index, weights, slopes)
+                n = add_point(n, v, length, True, one, moves, index, weights, slopes)
         return n, number
     number = np.float64(ratio) if ratio > 0 else max(np.float64(np.ceil(step)), 0.0)
     if number == 0:
@@ -230,5 +237,5 @@ def lines(rule, ratio, sloped, start, size, bins, i, shift, length, itemsize, in
         v = base + ((real(k) + real(0.5)) * step) / real(number)
         if v >= -1 and v <= length:
             moves = one if v >= 0 and v < last else zero
-            n = add_point(itemsize, n, v, length, True, one, moves, index, weights, slopes)
+            n = add_point(n, v, length, True, one, moves, index, weights, slopes)
     return n, number

@@ -9,8 +9,8 @@ import numpy as np
 from dcn_kernels.cpu.convert import address_of, fetch_run, load_run, store_run
 from dcn_kernels.cpu.gemm import LDA
 from dcn_kernels.cpu.jit import inner, spliced, stay_apart, to_fixed_tuple
-from dcn_kernels.cpu.lanes import blend8, blend16, dots8, dots16, spread8, spread16
-from dcn_kernels.cpu.sampling import STILL, coordinate_gradients
+from dcn_kernels.cpu.lanes import blend8, blend16, dots8, dots16, scatter8, scatter16
+from dcn_kernels.cpu.sampling import coordinate_gradients
 from dcn_kernels.cpu.slabs import load_pixels
 
 
@@ -132,29 +132,44 @@ def sample_gradients(s, wanted, source, target, index, weight, row, count, grad_
     like = columns[0, 0]
     line = LDA * itemsize
     to, g = address_of(columns, 0, column), address_of(grad_columns, 0, column)
-    empty = s.H * s.W
+    still, some_still = s.H * s.W + 1, False
+    for p in range(count):
+        some_still |= index[row, 0, p] == still
     for p in range(count):
         q00, q01 = np.int64(index[row, 0, p]), np.int64(index[row, 1, p])
         q10, q11 = np.int64(index[row, 2, p]), np.int64(index[row, 3, p])
-        still = q00 == STILL
-        q00 = empty if still else q00
         w00, w01, w10, w11 = weight[row, 0, p], weight[row, 1, p], weight[row, 2, p], weight[row, 3, p]
         if s.lanes == 16:
             if wanted.coordinates:
                 dots16(like, part + p * 4 * itemsize, g + p * line, source, q00, q01, q10, q11)
             if wanted.weight:
-                b01, b10, b11 = (empty, empty, empty) if still else (q01, q10, q11)
-                blend16(to + p * line, source, q00, b01, b10, b11, w00, w01, w10, w11)
+                blend16(to + p * line, source, q00, q01, q10, q11, w00, w01, w10, w11)
             if wanted.input:
-                spread16(g + p * line, target, q00, q01, q10, q11, w00, w01, w10, w11)
+                scatter16(g + p * line, target, q00, q01, q10, q11, w00, w01, w10, w11)
         else:
             if wanted.coordinates:
                 dots8(like, part + p * 4 * itemsize, g + p * line, source, q00, q01, q10, q11)
             if wanted.weight:
-                b01, b10, b11 = (empty, empty, empty) if still else (q01, q10, q11)
-                blend8(to + p * line, source, q00, b01, b10, b11, w00, w01, w10, w11)
+                blend8(to + p * line, source, q00, q01, q10, q11, w00, w01, w10, w11)
             if wanted.input:
-                spread8(g + p * line, target, q00, q01, q10, q11, w00, w01, w10, w11)
+                scatter8(g + p * line, target, q00, q01, q10, q11, w00, w01, w10, w11)
+    if some_still and wanted.weight:
+        blend_nothing(s, source, index, weight, row, count, to)
+
+
+@inner
+def blend_nothing(s, source, index, weight, row, count, to):
+    """Columns, from address `to` on, of the samples whose values do not count: 0, whatever the pixels are, or NaN of a
+    NaN weight. They lie exactly at -1 under "zeros", so there are few."""
+    stay_apart()
+    empty, line = s.H * s.W, LDA * weight.itemsize
+    for p in range(count):
+        if index[row, 0, p] == empty + 1:
+            w00, w01, w10, w11 = weight[row, 0, p], weight[row, 1, p], weight[row, 2, p], weight[row, 3, p]
+            if s.lanes == 16:
+                blend16(to + p * line, source, empty, empty, empty, empty, w00, w01, w10, w11)
+            else:
+                blend8(to + p * line, source, empty, empty, empty, empty, w00, w01, w10, w11)
 
 
 @inner

@@ -16,8 +16,9 @@ from dcn_kernels.cpu.jit import assembly, inner, intrinsic, spliced, stay_apart
 from dcn_kernels.dtypes import BFLOAT16
 
 FETCHED = 1 << 16  # bytes at most: an axis of length 1 may have any stride, and more would not stay in a cache
-F16, BF16, F32, F64 = 0, 1, 2, 3
-_KINDS = {"e": F16, BFLOAT16.char: BF16, "f": F32, "d": F64}  # by dtype.char
+F16, BF16, F32, F64, I64 = 0, 1, 2, 3, 4
+# by dtype.char; integers are indices, which nothing here converts
+_KINDS = {"e": F16, BFLOAT16.char: BF16, "f": F32, "d": F64, np.dtype(np.int64).char: I64}
 
 
 def strides(array: np.ndarray) -> tuple[int, ...]:

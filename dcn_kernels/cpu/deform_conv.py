@@ -24,7 +24,7 @@ from dcn_kernels.cpu.deform_conv_backward import backward_worker
 from dcn_kernels.cpu.gemm import CACHE_BYTES, DEPTH, LDA, MR, panel, rows_by_panels, vector
 from dcn_kernels.cpu.jit import inner, kernel, stay_apart
 from dcn_kernels.cpu.sampling import VALUE, corner_table, limits
-from dcn_kernels.cpu.slabs import Slabs, array_from, cut, described, numbers, round_up, stage, staged_pixels, turn
+from dcn_kernels.cpu.slabs import Slabs, array_from, cut, described, numbers_of, round_up, stage, staged_pixels, turn
 from dcn_kernels.cpu.threads import barrier, claim, get_num_threads, join, leave, run, threads_for
 from dcn_kernels.dtypes import accumulator
 
@@ -180,20 +180,20 @@ def deform_conv2d(
         out = np.empty((input.shape[0], weight.shape[0], *offset.shape[2:]), input.dtype)
     if out.size == 0:
         return out
-    work = _forward(
+    plan = _forward(
         input.shape, offset.shape, weight.shape, input.dtype, stride, padding, dilation, get_num_threads()
     )  # fmt: skip
-    buffers = workspace.allocate(work.buffers)
+    buffers = workspace.allocate(plan.buffers)
     rule = limits(border, *input.shape[2:], accumulator(input.dtype))
-    call = numbers(
-        work.shape, described(input), described(offset), described(mask), described(weight), described(bias),
+    call = numbers_of(
+        plan.shape, described(input), described(offset), described(mask), described(weight), described(bias),
         described(out),
     )  # fmt: skip
-    run(forward_worker, work.threads, call, work.slabs.table, work.slabs.of_group, rule, *buffers.values())
+    run(forward_worker, plan.threads, call, plan.slabs.table, plan.slabs.of_group, rule, *buffers.values())
     return out
 
 
-class Work(NamedTuple):
+class Plan(NamedTuple):
     """What follows from the shapes of a call alone."""
 
     shape: Shape
@@ -212,7 +212,7 @@ def _forward(
     padding: tuple[int, int],
     dilation: tuple[int, int],
     available: int,  # threads
-) -> Work:
+) -> Plan:
     real = accumulator(dtype)
     slabs, shape = _cut(input, offset, weight, stride, padding, dilation, real.itemsize)
     per_group = shape.O // shape.groups
@@ -226,7 +226,7 @@ def _forward(
     tile = min(fitting, -(-pixels // (max(tiles, share) * MR)) * MR)
     shape = shape._replace(tile=int(tile))
     threads = min(threads, shape.N * -(-pixels // shape.tile))
-    plan: workspace.Plan = {
+    buffers: workspace.Buffers = {
         "packed": ((len(slabs.table) * taps * shape.lanes * padded,), real),
         "staged": ((shape.images, len(slabs.table), staged_pixels(shape.H, shape.W), shape.lanes), real),
         "columns": ((threads, shape.tile, LDA), real),
@@ -236,7 +236,7 @@ def _forward(
         "lines": ((threads, 3, shape.tile), real),
         "blocks": ((threads, max(16 * 64 + 64, FILTERS * shape.lanes * taps)), real),
     }
-    return Work(shape, slabs, threads, workspace.layout(plan))
+    return Plan(shape, slabs, threads, workspace.layout(buffers))
 
 
 def _cut(
@@ -295,19 +295,19 @@ def deform_conv2d_backward(
     wanted = Wanted(
         int("input" in wrt), int("weight" in wrt), int("bias" in wrt), int("offset" in wrt or "mask" in wrt)
     )
-    work = _backward(
+    plan = _backward(
         input.shape, offset.shape, weight.shape, input.dtype, stride, padding, dilation, get_num_threads(), wanted
     )
-    buffers = workspace.allocate(work.buffers)
+    buffers = workspace.allocate(plan.buffers)
     if "weight" in wrt and buffers["grad_weight"].size == 0:
         buffers["grad_weight"] = grads["weight"].reshape(-1)
     rule = limits(border, *input.shape[2:], accumulator(input.dtype))
     outputs = [described(grads.get(name)) for name in ("input", "offset", "mask", "weight", "bias")]
-    call = numbers(
-        work.shape, wanted, described(grad_output), described(input), described(offset), described(mask),
+    call = numbers_of(
+        plan.shape, wanted, described(grad_output), described(input), described(offset), described(mask),
         described(weight), *outputs,
     )  # fmt: skip
-    run(backward_worker, work.threads, call, work.slabs.table, work.slabs.of_offset, rule, *buffers.values())
+    run(backward_worker, plan.threads, call, plan.slabs.table, plan.slabs.of_offset, rule, *buffers.values())
     return grads
 
 
@@ -322,7 +322,7 @@ def _backward(
     dilation: tuple[int, int],
     available: int,
     wanted: Wanted,
-) -> Work:
+) -> Plan:
     real = accumulator(dtype)
     slabs, shape = _cut(input, offset, weight, stride, padding, dilation, real.itemsize)
     pixels, taps = shape.OH * shape.OW, shape.KH * shape.KW
@@ -340,7 +340,7 @@ def _backward(
     per_group = shape.O // shape.groups
     columns = -(-min(taps, DEPTH // shape.lanes) * shape.lanes // shape.width) * shape.width
     threads = min(threads, shape.OG * ranges)
-    plan: workspace.Plan = {
+    buffers: workspace.Buffers = {
         "grad_weight": ((prod(weight) if wide else 0,), real),
         "staged": ((shape.images, len(slabs.table), plane, shape.lanes), real),
         "grad_staged": ((shape.images, len(slabs.table), plane * wanted.input, shape.lanes), real),
@@ -355,4 +355,4 @@ def _backward(
         "lines": ((threads, 6, tile), real),
         "blocks": ((threads, max(16 * 64, shape.lanes * taps)), real),
     }
-    return Work(shape, slabs, threads, workspace.layout(plan))
+    return Plan(shape, slabs, threads, workspace.layout(buffers))

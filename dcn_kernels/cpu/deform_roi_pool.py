@@ -54,7 +54,6 @@ def _options(
         "rule": roi_rules.deform_roi_pool(gamma, sampling_ratio, convention),
         "output_size": output_size,
         "spatial_scale": spatial_scale,
-        "part_size": output_size,
     }
 
 
@@ -66,13 +65,13 @@ def deform_ps_roi_pool(
     output_size: tuple[int, int],
     spatial_scale: float,
     group_size: tuple[int, int],
-    part_size: tuple[int, int],
+    part_size: tuple[int, int],  # as trans says
     sample_per_part: int,
     trans_std: float,
     out: np.ndarray | None = None,
 ) -> np.ndarray:
     """Returns (R, C/(G*G), PH, PW)."""
-    options = _ps_options(output_size, spatial_scale, group_size, part_size, sample_per_part, trans_std)
+    options = _ps_options(output_size, spatial_scale, group_size, sample_per_part, trans_std)
     return mean(input, rois, trans, out=out, **options)
 
 
@@ -85,13 +84,13 @@ def deform_ps_roi_pool_backward(
     output_size: tuple[int, int],
     spatial_scale: float,
     group_size: tuple[int, int],
-    part_size: tuple[int, int],
+    part_size: tuple[int, int],  # as trans says
     sample_per_part: int,
     trans_std: float,
     wrt: tuple[str, ...],
 ) -> dict[str, np.ndarray]:
     """Returns argument name -> gradient."""
-    options = _ps_options(output_size, spatial_scale, group_size, part_size, sample_per_part, trans_std)
+    options = _ps_options(output_size, spatial_scale, group_size, sample_per_part, trans_std)
     names = tuple("offset" if name == "trans" else name for name in wrt)
     grads = mean_backward(grad_output, input, rois, trans, wrt=names, **options)
     return {name: grads["offset" if name == "trans" else name] for name in wrt}
@@ -101,7 +100,6 @@ def _ps_options(
     output_size: tuple[int, int],
     spatial_scale: float,
     group_size: tuple[int, int],
-    part_size: tuple[int, int],
     sample_per_part: int,
     trans_std: float,
 ) -> dict[str, Any]:
@@ -109,5 +107,4 @@ def _ps_options(
         "rule": roi_rules.deform_ps_roi_pool(group_size, sample_per_part, trans_std),
         "output_size": output_size,
         "spatial_scale": spatial_scale,
-        "part_size": part_size,
     }

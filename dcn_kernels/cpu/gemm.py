@@ -1,7 +1,7 @@
 """The matrix product's inner loops, on LLVM vectors, for a tile that fits the host's registers.
 
 A tile of C, MR rows by NR columns, stays in registers while one loop runs over the depth: each step loads NR columns
-of B and multiplies them by MR values of A, each spread over a vector.
+of B and multiplies them by MR values of A, each repeated in all elements of a vector.
 
 Two products are needed, which differ in how A and B lie in memory:
 
@@ -102,7 +102,7 @@ def _tile(vectors: int, across: bool) -> Any:
             def load(pointer):
                 return builder.load(builder.bitcast(pointer, run.as_pointer()), align=itemsize)
 
-            def spread(pointer):
+            def repeated(pointer):
                 one = builder.insert_element(ir.Constant(run, ir.Undefined), builder.load(pointer), ir.Constant(i32, 0))
                 zeros = ir.Constant(ir.VectorType(i32, width), [0] * width)
                 return builder.shuffle_vector(one, ir.Constant(run, ir.Undefined), zeros)
@@ -119,7 +119,7 @@ def _tile(vectors: int, across: bool) -> Any:
             columns = [load(at(b_k, j * width)) for j in range(vectors)]
             updated = []
             for i, row in enumerate(sums):
-                value = spread(at(a_k, i * a_row))
+                value = repeated(at(a_k, i * a_row))
                 updated.append([builder.call(fma, [value, column, x]) for column, x in zip(columns, row, strict=True)])
             following = builder.add(k, ir.Constant(i64, 1))
             k.add_incoming(following, loop)

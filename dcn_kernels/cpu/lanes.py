@@ -5,7 +5,7 @@ position p, with weights w_q = m G(q, p):
 
     blend    column  = sum_q w_q x_q              the sample
     dots     part_q += sum over lanes g x_q       of which grad_offset and grad_mask are linear combinations
-    spread   y_q    += w_q g                      the transpose of blend
+    scatter  y_q    += w_q g                      the transpose of blend
 
 and `transpose` between channels-last runs and rows of pixels.
 
@@ -120,9 +120,9 @@ def _dots(lanes: int) -> Any:
     return dots
 
 
-def _spread(lanes: int) -> Any:
+def _scatter(lanes: int) -> Any:
     @intrinsic
-    def spread(typingctx, g, y, i00, i01, i10, i11, w00, w01, w10, w11):
+    def scatter(typingctx, g, y, i00, i01, i10, i11, w00, w01, w10, w11):
         real = w00
         signature = types.void(*[types.intp] * 6, *[real] * 4)
 
@@ -136,7 +136,7 @@ def _spread(lanes: int) -> Any:
 
         return signature, codegen
 
-    return spread
+    return scatter
 
 
 def _transpose(lanes: int) -> Any:
@@ -173,5 +173,5 @@ def _transpose(lanes: int) -> Any:
 
 blend8, blend16 = _blend(8), _blend(16)
 dots8, dots16 = _dots(8), _dots(16)
-spread8, spread16 = _spread(8), _spread(16)
+scatter8, scatter16 = _scatter(8), _scatter(16)
 transpose8, transpose16 = _transpose(8), _transpose(16)

@@ -15,7 +15,7 @@ from dcn_kernels.cpu.columns import SHAPE_FIELDS, Shape, positions, shape_from, 
 from dcn_kernels.cpu.convert import store_run
 from dcn_kernels.cpu.jit import inner, kernel, stay_apart
 from dcn_kernels.cpu.sampling import SLOPE, VALUE, corner_table, limits
-from dcn_kernels.cpu.slabs import array_from, described, load_pixels, numbers
+from dcn_kernels.cpu.slabs import array_from, described, load_pixels, numbers_of
 from dcn_kernels.cpu.threads import barrier, claim, join, leave, run, threads_for
 from dcn_kernels.dtypes import accumulator
 
@@ -177,16 +177,16 @@ def offset_sample2d(
         return out
     shape, real = _shape(input, offset), accumulator(input.dtype)
     threads = min(threads_for(32.0 * out.size), shape.N * shape.C)
-    plan: workspace.Plan = {
+    wanted: workspace.Buffers = {
         "planes": ((threads, BATCH, shape.H * shape.W + 1), real),
         "index": ((threads, 1, 4, TILE), np.int32),
         "factor": ((threads, 1, 4, TILE), real),
         "lines": ((threads, 4, TILE), real),
     }
-    buffers = workspace.allocate(plan)
+    buffers = workspace.allocate(wanted)
     rule = limits(border, shape.H, shape.W, real)
     arrays = (described(input), described(offset), described(None), described(out))
-    run(forward_worker, threads, numbers(shape, *arrays), rule, *buffers.values())
+    run(forward_worker, threads, numbers_of(shape, *arrays), rule, *buffers.values())
     return out
 
 
@@ -208,7 +208,7 @@ def offset_sample2d_backward(
     threads = min(threads_for(64.0 * input.size), shape.OG * ranges)
     owners = threads if ranges == 1 else shape.OG * ranges  # of dots at one time
     plane = (threads, BATCH, shape.H * shape.W + 1)
-    plan: workspace.Plan = {
+    wanted: workspace.Buffers = {
         "planes": (plane, real),
         "grad_planes": (plane if "input" in wrt else (0, BATCH, 0), real),
         "part": ((owners if "offset" in wrt else 0, shape.H * shape.W, 4), real),
@@ -216,12 +216,12 @@ def offset_sample2d_backward(
         "factor": ((threads, 1, 4, TILE), real),
         "lines": ((threads, 6, TILE), real),
     }
-    buffers = workspace.allocate(plan)
+    buffers = workspace.allocate(wanted)
     rule = limits(border, shape.H, shape.W, real)
     arrays = [described(each) for each in (grad_output, input, offset, None)]
     outputs = [described(grads.get(name)) for name in ("input", "offset")]
     shape = shape._replace(ranges=ranges)
-    run(backward_worker, threads, numbers(shape, *arrays, *outputs), rule, *buffers.values())
+    run(backward_worker, threads, numbers_of(shape, *arrays, *outputs), rule, *buffers.values())
     return grads
 
 

@@ -1,14 +1,13 @@
 """Maps and pooled values of regions of interest, in and out of the layouts that their workers use.
 
 With lanes = 16 planes become slabs of 16 channels, channels-last: [slab][element][lane]; with lanes = 1 they stay so.
-Workers index flat arrays and pass addresses: a slice, or an array in a call, counts a reference, and threads that
-count those of one array wait for each other.
+`line` is a thread's memory for 16 runs of 64 elements, where they are converted.
 """
 
 from __future__ import annotations
 
 from dcn_kernels.cpu.bins import peek, poke
-from dcn_kernels.cpu.convert import F32, F64, fetch_run, store_run
+from dcn_kernels.cpu.convert import F32, F64, address_of, fetch_run, store_run
 from dcn_kernels.cpu.jit import inner, spliced, stay_apart
 from dcn_kernels.cpu.lanes import transpose16
 from dcn_kernels.cpu.roi_lanes import LANES
@@ -16,17 +15,17 @@ from dcn_kernels.cpu.slabs import load_pixels
 
 
 @inner
-def load_planes(lanes, array, base, planes, row_length, length, to, at, line, line_at):
-    """to[at:] = `length` elements of each of `planes` planes, the first at address `base`."""
+def load_planes(lanes, array, base, planes, row_length, length, to, line):
+    """to = `length` elements of each of `planes` planes, the first at address `base`."""
     stay_apart()
     zero, itemsize = line.dtype.type(0), line.itemsize
     plain = array.kind == (F32 if itemsize == 4 else F64) and array.s3 == itemsize and array.s2 == row_length * itemsize
     plain = plain and array.s1 % itemsize == 0
-    lines = line.ctypes.data + line_at * itemsize
+    lines = address_of(line, 0, 0)
     for j in range(0, planes, lanes):
-        target = to.ctypes.data + (at + j * length) * itemsize
+        target = address_of(to, j * length, 0)
         if lanes == 1:
-            load_pixels(to, at + j * length, base + j * array.s1, array, row_length, 0, length)
+            load_pixels(to, j * length, base + j * array.s1, array, row_length, 0, length)
         elif plain and j + LANES <= planes:
             turn_in(zero, itemsize, base + j * array.s1, array.s1, length, target)
         else:
@@ -34,24 +33,24 @@ def load_planes(lanes, array, base, planes, row_length, length, to, at, line, li
                 few = min(64, length - start)
                 for l in range(LANES):
                     if j + l < planes:
-                        load_pixels(line, line_at + l * 64, base + (j + l) * array.s1, array, row_length, start, few)
+                        load_pixels(line, l * 64, base + (j + l) * array.s1, array, row_length, start, few)
                     else:
                         for p in range(few):
-                            line[line_at + l * 64 + p] = zero
+                            line[l * 64 + p] = zero
                 turn_in(zero, itemsize, lines, 64 * itemsize, few, target + start * LANES * itemsize)
 
 
 @inner
-def store_planes(lanes, values, at, planes, length, to, base, line, line_at):
+def store_planes(lanes, values, planes, length, to, base, line):
     """The inverse of load_planes, into C-contiguous planes."""
     stay_apart()
     zero, itemsize = line.dtype.type(0), line.itemsize
     plain = to.kind == (F32 if itemsize == 4 else F64)
-    lines = line.ctypes.data + line_at * itemsize
+    lines = address_of(line, 0, 0)
     for j in range(0, planes, lanes):
-        source = values.ctypes.data + (at + j * length) * itemsize
+        source = address_of(values, j * length, 0)
         if lanes == 1:
-            store_run(values, at + j * length, length, base + j * to.s1, to.kind)
+            store_run(values, j * length, length, base + j * to.s1, to.kind)
         elif plain and j + LANES <= planes:
             turn_out(zero, itemsize, source, length, base + j * to.s1, to.s1)
         else:
@@ -59,7 +58,7 @@ def store_planes(lanes, values, at, planes, length, to, base, line, line_at):
                 few = min(64, length - start)
                 turn_out(zero, itemsize, source + start * LANES * itemsize, few, lines, 64 * itemsize)
                 for l in range(min(LANES, planes - j)):
-                    store_run(line, line_at + l * 64, few, base + (j + l) * to.s1 + start * to.s3, to.kind)
+                    store_run(line, l * 64, few, base + (j + l) * to.s1 + start * to.s3, to.kind)
 
 
 @inner
@@ -87,33 +86,33 @@ def turn_out(like, itemsize, source, length, target, plane):
 
 
 @spliced
-def load_block(s, input, n, c0, count, to, at, line, line_at):
-    """Stage the maps of output channels c0 .. c0 + count of image n at to[at:]."""
+def load_block(s, input, n, c0, count, to, line):
+    """Stage the maps of output channels c0 .. c0 + count of image n at `to`."""
     maps = s.groups_h * s.groups_w
     base = input.address + n * input.s0 + c0 * maps * input.s1
-    load_planes(s.lanes, input, base, count * maps, s.W, s.H * s.W, to, at, line, line_at)
+    load_planes(s.lanes, input, base, count * maps, s.W, s.H * s.W, to, line)
 
 
 @spliced
-def store_block(s, values, at, n, c0, count, to, line, line_at):
+def store_block(s, values, n, c0, count, to, line):
     """The inverse of load_block, into a C-contiguous array."""
     maps = s.groups_h * s.groups_w
     base = to.address + n * to.s0 + c0 * maps * to.s1
-    store_planes(s.lanes, values, at, count * maps, s.H * s.W, to, base, line, line_at)
+    store_planes(s.lanes, values, count * maps, s.H * s.W, to, base, line)
 
 
 @spliced
-def load_pooled(s, grad, r, c0, count, pooled, at, line, line_at):
-    """pooled[at:] = the gradients of one RoI's output channels c0 .. c0 + count, as [slab, bin, lane]."""
+def load_pooled(s, grad, r, c0, count, pooled, line):
+    """pooled = the gradients of one RoI's output channels c0 .. c0 + count, as [slab, bin, lane]."""
     base = grad.address + r * grad.s0 + c0 * grad.s1
-    load_planes(s.lanes, grad, base, count, s.PW, s.PH * s.PW, pooled, at, line, line_at)
+    load_planes(s.lanes, grad, base, count, s.PW, s.PH * s.PW, pooled, line)
 
 
 @spliced
-def store_pooled(s, pooled, at, r, c0, count, out, line, line_at):
+def store_pooled(s, pooled, r, c0, count, out, line):
     """out[r, c0 .. c0 + count] = pooled[slab, bin, lane]."""
     base = out.address + r * out.s0 + c0 * out.s1
-    store_planes(s.lanes, pooled, at, count, s.PH * s.PW, out, base, line, line_at)
+    store_planes(s.lanes, pooled, count, s.PH * s.PW, out, base, line)
 
 
 @spliced

@@ -4,7 +4,7 @@ A slab of 16 channels is staged channels-last; pixel (y, x) is at base + (y*W + 
 bin come as lists of indices, weights and slopes (see bins.py). Addresses are in bytes, indices are int64.
 
     grid_mean    to     = scale * sum_ij wy_i wx_j x_ij
-    grid_spread  x_ij  += wy_i wx_j g                      its transpose
+    grid_scatter  x_ij  += wy_i wx_j g                      its transpose
     grid_dots    part  += sum over lanes of g times (sum wy wx x, sum sy wx x, sum wy sx x)
     grid_max     to     = the maximum; grid_argmax also its flat index
 
@@ -25,7 +25,6 @@ from dcn_kernels.cpu.jit import intrinsic
 from dcn_kernels.cpu.lanes import _I64, _Emit
 
 LANES = 16
-_intrinsic: Any = intrinsic  # to a type checker a call of one lacks its first argument
 
 
 class _Grid(_Emit):
@@ -60,7 +59,7 @@ class _Grid(_Emit):
 
 
 def _grid_mean(slabs: int) -> Any:
-    @_intrinsic
+    @intrinsic
     def grid_mean(typingctx, to, to_step, x, x_step, width, rows, wy, nrows, columns, wx, ncolumns, scale):
         def codegen(context, builder, signature, args):
             to, to_step, x, x_step, width, rows, wy, nrows, columns, wx, ncolumns, scale = args
@@ -89,9 +88,9 @@ def _grid_mean(slabs: int) -> Any:
     return grid_mean
 
 
-def _grid_spread(slabs: int) -> Any:
-    @_intrinsic
-    def grid_spread(typingctx, g, g_step, x, x_step, width, rows, wy, nrows, columns, wx, ncolumns, scale):
+def _grid_scatter(slabs: int) -> Any:
+    @intrinsic
+    def grid_scatter(typingctx, g, g_step, x, x_step, width, rows, wy, nrows, columns, wx, ncolumns, scale):
         def codegen(context, builder, signature, args):
             g, g_step, x, x_step, width, rows, wy, nrows, columns, wx, ncolumns, scale = args
             e = _Grid(builder, signature.args[-1], LANES)
@@ -109,11 +108,11 @@ def _grid_spread(slabs: int) -> Any:
 
         return types.void(*[types.intp] * 11, scale), codegen
 
-    return grid_spread
+    return grid_scatter
 
 
 def _grid_dots(slabs: int) -> Any:
-    @_intrinsic
+    @intrinsic
     def grid_dots(typingctx, like, part, g, g_step, x, x_step, width, rows, wy, sy, nrows, columns, wx, sx, ncolumns):
         def codegen(context, builder, signature, args):
             _, part, g, g_step, x, x_step, width, rows, wy, sy, nrows, columns, wx, sx, ncolumns = args
@@ -152,7 +151,7 @@ def _grid_dots(slabs: int) -> Any:
 
 
 def _grid_max(slabs: int) -> Any:
-    @_intrinsic
+    @intrinsic
     def grid_max(typingctx, like, to, to_step, x, x_step, width, top, bottom, left, right):
         """The maxima over a bin that is not empty; a NaN stays."""
 
@@ -182,7 +181,7 @@ def _grid_max(slabs: int) -> Any:
     return grid_max
 
 
-@_intrinsic
+@intrinsic
 def grid_argmax(typingctx, like, to, argmax, x, width, top, bottom, left, right):
     """The first maximum in row-major order over a bin that is not empty; a NaN stays."""
 
@@ -223,8 +222,8 @@ def _everywhere(builder: ir.IRBuilder, value: ir.Value, kind: ir.VectorType) -> 
 
 SLABS = 4  # worked on at once: their lists are read and their loops run once, and their sums do not wait for each other
 grid_mean, grid_means = _grid_mean(1), _grid_mean(SLABS)
-grid_spread, grid_spreads = _grid_spread(1), _grid_spread(SLABS)
-grid_dots, grid_dots_of_all = _grid_dots(1), _grid_dots(SLABS)
+grid_scatter, grid_scatters = _grid_scatter(1), _grid_scatter(SLABS)
+grid_dots, grid_dots_of_slabs = _grid_dots(1), _grid_dots(SLABS)
 grid_max, grid_maxima = _grid_max(1), _grid_max(SLABS)
 
 
@@ -262,7 +261,7 @@ class _Rect(_Emit):
 RECT_LANES = 8
 
 
-@_intrinsic
+@intrinsic
 def rect_sum(typingctx, like, first, width, rows, columns):
     """The sum of `rows` x `columns` pixels from address `first` on; rows are `width` pixels apart."""
 
@@ -282,7 +281,7 @@ def rect_sum(typingctx, like, first, width, rows, columns):
     return like(like, *[types.intp] * 4), codegen
 
 
-@_intrinsic
+@intrinsic
 def rect_add(typingctx, value, first, width, rows, columns):
     """Add `value` to `rows` x `columns` pixels from address `first` on."""
 

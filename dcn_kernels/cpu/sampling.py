@@ -3,7 +3,8 @@
 The same rules as in reference/sampling.py. Here a rule is the numbers that a coordinate is compared with, so that one
 loop without branches serves all rules and LLVM makes vectors of it. A corner that is outside the image, or of a
 sample that does not count, is the pixel `empty` = H*W: the staged image has a pixel of zeros there, which is read and
-written as any other.
+written as any other. The one after it is such a pixel too: those who are asked for both tell by it which samples'
+values do not count.
 """
 
 from __future__ import annotations
@@ -20,8 +21,7 @@ from dcn_kernels.cpu.jit import inner, intrinsic, spliced, stay_apart
 # What corner_table is asked for
 VALUE = 0  # corners of samples whose value counts
 SLOPE = 1  # also of those whose derivative alone does: at -1 under "zeros"
-BOTH = 2  # as SLOPE, with `STILL` for the first corner, always outside, of a sample whose value does not count
-STILL = -1
+BOTH = 2  # as SLOPE; a sample whose value does not count has the pixel empty + 1 for its first corner, always outside
 
 Limits = tuple[float, float, float, float, float, float]
 
@@ -104,7 +104,7 @@ def corner_table(asked, y, x, m, count, height, width, limits, index, weight, ro
     low_y, high_y, first_y, last_y, start_y, stop_y = limits[0]
     low_x, high_x, first_x, last_x, start_x, stop_x = limits[1]
     last_row, last_column, first = np.int32(height - 1), np.int32(width - 1), np.int32(0)
-    still = np.int32(STILL) if asked == BOTH else np.int32(height * width)
+    still = np.int32(height * width + 1) if asked == BOTH else np.int32(height * width)
     empty, down, right = np.int32(height * width), np.int32(width), np.int32(1)
     both = np.int32(width + 1)
     for p in range(count):

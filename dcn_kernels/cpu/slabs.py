@@ -1,7 +1,7 @@
 """Channels cut into slabs, and images staged slab by slab, channels-last.
 
 A slab is 8 or 16 channels that share a convolution group and an offset group. Staged, an image is
-[slab][pixel][lane] in the kernels' own type, with a pixel of zeros at its end: the channels of a pixel are one run
+[slab][pixel][lane] in the kernels' own type, with two pixels of zeros at its end: the channels of a pixel are one run
 of memory, and one slab's image fits a cache.
 """
 
@@ -44,7 +44,7 @@ def described(array: np.ndarray | None) -> tuple[int, ...]:
 
 
 def staged_pixels(height: int, width: int) -> int:
-    """Pixels that a staged slab has room for: the image's, the one of zeros, and what `turn` writes beyond the end."""
+    """Pixels that a staged slab has room for: the image's, two of zeros, and what `turn` writes beyond the end."""
     return height * width + 16
 
 
@@ -57,7 +57,7 @@ class Slabs(NamedTuple):
     of_offset: np.ndarray  # (OG + 1,): the first slab of each offset group
 
 
-def numbers(*groups: tuple[int, ...]) -> np.ndarray:
+def numbers_of(*groups: tuple[int, ...]) -> np.ndarray:
     """The numbers of named tuples behind each other, for a kernel to take apart again."""
     return np.array(sum(groups, ()), np.int64)
 
@@ -82,7 +82,7 @@ def cut(C: int, groups: int, OG: int) -> Slabs:
 
 @inner
 def stage(s, input, n, b, slab, slabs, staged, block):
-    """Copy one slab of image n to staged[b, slab] channels-last, with a pixel of zeros at its end."""
+    """Copy one slab of image n to staged[b, slab] channels-last, with two pixels of zeros at its end."""
     stay_apart()
     first, count = slabs[slab, 0], slabs[slab, 1]
     like, itemsize, plane = block[0], block.itemsize, address_of(staged, b, slab)
@@ -96,7 +96,7 @@ def stage(s, input, n, b, slab, slabs, staged, block):
             clear(address_of(block, c * 64, 0), 64 * itemsize)
         to = plane + start * s.lanes * itemsize
         turn(like, itemsize, s.lanes, address_of(block, 0, 0), 64, to, s.lanes, s.lanes, length)
-    clear(plane + pixels * s.lanes * itemsize, s.lanes * itemsize)
+    clear(plane + pixels * s.lanes * itemsize, 2 * s.lanes * itemsize)
 
 
 @inner

@@ -15,7 +15,7 @@ from dcn_kernels.dispatch.memory import check
 
 _ALIGN = 64  # a cache line, and the widest vector
 
-Plan = dict[str, tuple[tuple[int, ...], Any]]  # buffer -> (shape, dtype)
+Buffers = dict[str, tuple[tuple[int, ...], Any]]  # name -> (shape, dtype)
 
 
 @dataclass
@@ -29,24 +29,24 @@ _tracked: ContextVar[Tracked | None] = ContextVar("dcn_kernels_workspace", defau
 
 
 class Layout(NamedTuple):
-    """Where the buffers of a plan lie in one piece of memory."""
+    """Where buffers lie in one piece of memory."""
 
     size: int  # bytes in all
     buffers: tuple[tuple[str, tuple[int, ...], Any, int], ...]  # name, shape, dtype, first byte
 
 
-def layout(plan: Plan) -> Layout:
+def layout(wanted: Buffers) -> Layout:
     """Each buffer on a cache line of its own."""
     buffers, start = [], 0
-    for name, (shape, dtype) in plan.items():
+    for name, (shape, dtype) in wanted.items():
         buffers.append((name, shape, dtype, start))
         start += -(-prod(shape) * np.dtype(dtype).itemsize // _ALIGN) * _ALIGN
     return Layout(start + _ALIGN, tuple(buffers))
 
 
-def allocate(plan: Plan | Layout) -> dict[str, np.ndarray]:
-    """The buffers of a plan, uninitialised."""
-    size, buffers = plan if isinstance(plan, Layout) else layout(plan)
+def allocate(wanted: Buffers | Layout) -> dict[str, np.ndarray]:
+    """Buffers, uninitialised."""
+    size, buffers = wanted if isinstance(wanted, Layout) else layout(wanted)
     tracked = _tracked.get()
     if tracked is not None:
         tracked.peak_bytes = max(tracked.peak_bytes, size)

@@ -276,36 +276,36 @@ struct lists_t {  // of rows or columns, in shared memory
   acc_t weight[WINDOW], slope[WINDOW];
 };
 
-// What a warp holds of its bin, in shared memory.
-struct held_t {
+// The bin that a warp works on, in shared memory.
+struct warp_bin_t {
   side_t sides[2];
   lists_t lists[2];
 };
 
-// What each of its threads holds: how many rows and columns are listed, and what the mean is taken over.
-struct listed_t {
+// How many rows and columns the lists hold now, and what the mean is taken over; each thread of the warp has these.
+struct window_t {
   int rows, columns;
   acc_t rows_in_all, columns_in_all;
 };
 
 __device__ __forceinline__ void find_sides(const roi_t& s, const void* rois, const void* offset, const bin_t& b,
-                                           held_t& held) {
+                                           warp_bin_t& own) {
   const int lane = threadIdx.x % 32;
   __syncwarp();  // the last bin's are used up
-  if (lane < 2) held.sides[lane] = side_of(s, rois, offset, b, lane);
+  if (lane < 2) own.sides[lane] = side_of(s, rois, offset, b, lane);
   __syncwarp();  // they are there
 }
 
 // Lists the lines of a window of one side, packed; a warp's lanes look at one each. Returns how many they are.
-__device__ __forceinline__ int list_lines(const roi_t& s, int axis, int first, bool slopes, held_t& held,
+__device__ __forceinline__ int list_lines(const roi_t& s, int axis, int first, bool slopes, warp_bin_t& own,
                                           acc_t& number) {
   const int lane = threadIdx.x % 32, line = first + lane;
-  const side_t& a = held.sides[axis];
+  const side_t& a = own.sides[axis];
   const line_t taken = line_of(s, a, line, axis == ROWS ? s.H : s.W, number);
   const bool listed = line < a.last && (taken.counts || (slopes && taken.moves));
   const unsigned listing = __ballot_sync(0xffffffffu, listed);
   if (listed) {
-    lists_t& to = held.lists[axis];
+    lists_t& to = own.lists[axis];
     const int place = __popc(listing & ((1u << lane) - 1));
     to.line[place] = line;
     to.weight[place] = taken.weight;
@@ -317,10 +317,10 @@ __device__ __forceinline__ int list_lines(const roi_t& s, int axis, int first, b
 // Calls use() for each window of a bin's lines, which are then in the lists. Where one window holds them all they are
 // listed once, with `first`, and stay.
 template <typename Use>
-__device__ __forceinline__ void over_windows(const roi_t& s, bool slopes, bool first, held_t& held, listed_t& listed,
+__device__ __forceinline__ void over_windows(const roi_t& s, bool slopes, bool first, warp_bin_t& own, window_t& window,
                                              Use use) {
-  const int top = held.sides[ROWS].first, bottom = held.sides[ROWS].last;
-  const int left = held.sides[COLUMNS].first, right = held.sides[COLUMNS].last;
+  const int top = own.sides[ROWS].first, bottom = own.sides[ROWS].last;
+  const int left = own.sides[COLUMNS].first, right = own.sides[COLUMNS].last;
   const bool one = bottom - top <= WINDOW && right - left <= WINDOW;
 #pragma unroll 1
   for (int y = top; y < bottom; y += WINDOW)
@@ -331,9 +331,9 @@ __device__ __forceinline__ void over_windows(const roi_t& s, bool slopes, bool f
 #pragma unroll 1
         for (int axis = ROWS; axis <= COLUMNS; axis++) {
           acc_t in_all;
-          const int count = list_lines(s, axis, axis == ROWS ? y : x, slopes, held, in_all);
-          (axis == ROWS ? listed.rows : listed.columns) = count;
-          (axis == ROWS ? listed.rows_in_all : listed.columns_in_all) = in_all;
+          const int count = list_lines(s, axis, axis == ROWS ? y : x, slopes, own, in_all);
+          (axis == ROWS ? window.rows : window.columns) = count;
+          (axis == ROWS ? window.rows_in_all : window.columns_in_all) = in_all;
         }
         __syncwarp();  // the lists are there
       }

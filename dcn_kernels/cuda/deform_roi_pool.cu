@@ -28,11 +28,11 @@ KERNEL(offset_gradients, THREADS)
  void* __restrict__ grad_offset,            // [R, 2*classes, part_h, part_w]; null: not wanted
  void* __restrict__ grad_mask,              // [R, PH, PW]; null: not wanted
  const roi_t s) {
-  SHARED(held_t, helds, [WARPS]);
+  SHARED(warp_bin_t, warp_bins, [WARPS]);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, each = s.C / s.classes;
   const index_t parts = index_t(s.part_h) * s.part_w, units = s.R * s.classes * parts;
-  held_t& held = helds[warp];
-  const lists_t &rows = held.lists[ROWS], &columns = held.lists[COLUMNS];
+  warp_bin_t& own = warp_bins[warp];
+  const lists_t &rows = own.lists[ROWS], &columns = own.lists[COLUMNS];
   for (index_t unit = index_t(blockIdx.x) * WARPS + warp; unit < units; unit += index_t(gridDim.x) * WARPS) {
     const index_t row = unit / parts, part_y = (unit - row * parts) / s.part_w, part_x = (unit - row * parts) % s.part_w;
     bin_t b = {row / s.classes, int(row % s.classes), 0, 0};
@@ -43,19 +43,19 @@ KERNEL(offset_gradients, THREADS)
     const int ph0 = int((part_y * s.PH + s.part_h - 1) / s.part_h), pw0 = int((part_x * s.PW + s.part_w - 1) / s.part_w);
     for (b.ph = ph0; image >= 0 && b.ph < s.PH && index_t(b.ph) * s.part_h / s.PH == part_y; b.ph++)
       for (b.pw = pw0; b.pw < s.PW && index_t(b.pw) * s.part_w / s.PW == part_x; b.pw++) {
-        find_sides(s, rois, offset, b, held);
-        if (held.sides[ROWS].nan || held.sides[COLUMNS].nan) grad_y = grad_x = grad_m = acc_t(NOT_A_NUMBER);
+        find_sides(s, rois, offset, b, own);
+        if (own.sides[ROWS].nan || own.sides[COLUMNS].nan) grad_y = grad_x = grad_m = acc_t(NOT_A_NUMBER);
         const index_t to = pooled_at(s, b), at = index_t(image - s.first_image) * s.input_n + map_of(s, b) * s.input_m +
                                                  index_t(b.cls) * each * s.input_c;
         acc_t sum_y = 0, sum_x = 0, sum_value = 0;
-        listed_t listed = {0, 0, 1, 1};
-        over_windows(s, true, true, held, listed, [&] {
+        window_t window = {0, 0, 1, 1};
+        over_windows(s, true, true, own, window, [&] {
           for (int c = lane * VEC; c < each; c += 32 * VEC) {
             acc_t g[VEC];
             for (int v = 0; v < VEC; v++) g[v] = acc_t(grad_output[to + (c + v) * s.pooled_c]);
-            for (int i = 0; i < listed.rows; i++) {
+            for (int i = 0; i < window.rows; i++) {
               acc_t value = 0, slope = 0;  // of the row, by its columns' weights and slopes
-              for (int j = 0; j < listed.columns; j++) {
+              for (int j = 0; j < window.columns; j++) {
                 const vec<scalar_t, VEC> x =
                     load<VEC>(input + (at + rows.line[i] * s.input_y + columns.line[j] * s.input_x + c * s.input_c));
                 acc_t dot = 0;
@@ -69,9 +69,9 @@ KERNEL(offset_gradients, THREADS)
             }
           }
         });
-        const acc_t number = divisor(listed.rows_in_all, listed.columns_in_all), m = modulation_of(s, mask, b);
-        grad_y += sum_y / number * m * held.sides[ROWS].reach;
-        grad_x += sum_x / number * m * held.sides[COLUMNS].reach;
+        const acc_t number = divisor(window.rows_in_all, window.columns_in_all), m = modulation_of(s, mask, b);
+        grad_y += sum_y / number * m * own.sides[ROWS].reach;
+        grad_x += sum_x / number * m * own.sides[COLUMNS].reach;
         grad_m += sum_value / number;
       }
     grad_y = sum_over_lanes(grad_y, 32);

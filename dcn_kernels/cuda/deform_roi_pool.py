@@ -10,7 +10,8 @@ from dcn_kernels.cuda import device as _device
 from dcn_kernels.cuda import roi_mean
 from dcn_kernels.cuda.compile import Flags
 from dcn_kernels.cuda.device import DEFAULT_WORKSPACE, Device
-from dcn_kernels.cuda.roi_mean import WARPS, Pooling, Source, Target, input_gradient, mean, set_strides
+from dcn_kernels.cuda.roi_mean import input_gradient, mean
+from dcn_kernels.cuda.roi_plan import WARPS, Pooling, Source, Target, set_strides
 from dcn_kernels.dispatch import roi_rules
 
 BUILD = "deform_roi_pool"

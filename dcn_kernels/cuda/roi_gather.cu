@@ -1,4 +1,4 @@
-// The gradient of the map without atomics, for all RoI operators: what `spread` of roi_mean.cu and `maximum_gradient` of
+// The gradient of the map without atomics, for all RoI operators: what `scatter` of roi_mean.cu and `maximum_gradient` of
 // roi_pool.cu add in no fixed order.
 #include "common.cuh"
 #include "bins.cuh"

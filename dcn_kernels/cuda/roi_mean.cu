@@ -33,7 +33,7 @@ KERNEL(mean, THREADS)
  const void* __restrict__ mask,       // [R, PH, PW] by strides, or null: all ones
  scalar_t* __restrict__ output,       // [R, C, PH, PW]
  const roi_t s) {
-  SHARED(held_t, helds, [WARPS]);
+  SHARED(warp_bin_t, warp_bins, [WARPS]);
   SHARED(acc_t, pooled, [WARPS][TILE + 1]);
   SHARED(index_t, place, [WARPS]);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, each = s.C / s.classes;
@@ -46,20 +46,20 @@ KERNEL(mean, THREADS)
     const index_t at = index_t(image - s.first_image) * s.input_n + map_of(s, b) * s.input_m +
                        index_t(b.cls) * each * s.input_c;
     const acc_t m = modulation_of(s, mask, b);
-    held_t& held = helds[warp];
-    const lists_t &rows = held.lists[ROWS], &columns = held.lists[COLUMNS];
-    if (reads) find_sides(s, rois, offset, b, held);
-    const bool nan = image < 0 || (reads && (held.sides[ROWS].nan || held.sides[COLUMNS].nan));
+    warp_bin_t& own = warp_bins[warp];
+    const lists_t &rows = own.lists[ROWS], &columns = own.lists[COLUMNS];
+    if (reads) find_sides(s, rois, offset, b, own);
+    const bool nan = image < 0 || (reads && (own.sides[ROWS].nan || own.sides[COLUMNS].nan));
     if (lane == 0) place[warp] = writes ? (b.r * s.C + index_t(b.cls) * each) * bins + b.ph * s.PW + b.pw : NOWHERE;
-    listed_t listed = {0, 0, 1, 1};
+    window_t window = {0, 0, 1, 1};
     for (int c0 = 0; c0 < each; c0 += TILE) {
       const int c = c0 + lane * VEC;
       acc_t sum[VEC] = {};
       if (reads) {
-        over_windows(s, false, c0 == 0, held, listed, [&] {
-          for (int i = 0; c < each && i < listed.rows; i++) {
+        over_windows(s, false, c0 == 0, own, window, [&] {
+          for (int i = 0; c < each && i < window.rows; i++) {
             acc_t row[VEC] = {};
-            for (int j = 0; j < listed.columns; j++) {
+            for (int j = 0; j < window.columns; j++) {
               const vec<scalar_t, VEC> x = load<VEC>(input + (at + rows.line[i] * s.input_y +
                                                               columns.line[j] * s.input_x + c * s.input_c));
               for (int v = 0; v < VEC; v++) row[v] += columns.weight[j] * acc_t(x.v[v]);
@@ -68,7 +68,7 @@ KERNEL(mean, THREADS)
           }
         });
       }
-      const acc_t number = divisor(listed.rows_in_all, listed.columns_in_all);
+      const acc_t number = divisor(window.rows_in_all, window.columns_in_all);
       for (int v = 0; v < VEC; v++)
         pooled[warp][lane * VEC + v] = nan ? acc_t(NOT_A_NUMBER) : sum[v] / number * m;
       __syncthreads();  // the tile is there
@@ -81,14 +81,14 @@ KERNEL(mean, THREADS)
 }
 
 // grad_input[q] += wy wx g m / n for the pixels of every bin: the transpose of `mean`.
-KERNEL(spread, THREADS)
+KERNEL(scatter, THREADS)
 (const scalar_t* __restrict__ grad_output,  // [R, C, PH, PW] by strides
  const void* __restrict__ rois,             // [R, 5] by strides
  const void* __restrict__ offset,           // [R, 2*classes, part_h, part_w] by strides, or null
  const void* __restrict__ mask,             // [R, PH, PW] by strides, or null
  acc_t* __restrict__ grad_input,            // [images, C, maps, H, W] by strides, holding sums so far
  const roi_t s) {
-  SHARED(held_t, helds, [WARPS]);
+  SHARED(warp_bin_t, warp_bins, [WARPS]);
   SHARED(acc_t, pooled, [WARPS][TILE + 1]);
   SHARED(index_t, place, [WARPS]);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, each = s.C / s.classes;
@@ -101,11 +101,11 @@ KERNEL(spread, THREADS)
     const index_t at = index_t(image - s.first_image) * s.grad_n + map_of(s, b) * s.grad_m +
                        index_t(b.cls) * each * s.grad_c;
     const acc_t m = modulation_of(s, mask, b);
-    held_t& held = helds[warp];
-    const lists_t &rows = held.lists[ROWS], &columns = held.lists[COLUMNS];
-    if (adds) find_sides(s, rois, offset, b, held);
+    warp_bin_t& own = warp_bins[warp];
+    const lists_t &rows = own.lists[ROWS], &columns = own.lists[COLUMNS];
+    if (adds) find_sides(s, rois, offset, b, own);
     if (lane == 0) place[warp] = adds ? pooled_at(s, b) : NOWHERE;
-    listed_t listed = {0, 0, 1, 1};
+    window_t window = {0, 0, 1, 1};
     for (int c0 = 0; c0 < each; c0 += TILE) {
       __syncthreads();  // the places are there, the last tile is used up
       over_tile(place, each - c0, [&](int to, int channel, index_t from) {
@@ -114,12 +114,12 @@ KERNEL(spread, THREADS)
       __syncthreads();  // the tile is there
       const int c = c0 + lane * VEC;
       if (!adds) continue;
-      over_windows(s, false, c0 == 0, held, listed, [&] {
-        const acc_t number = divisor(listed.rows_in_all, listed.columns_in_all);
+      over_windows(s, false, c0 == 0, own, window, [&] {
+        const acc_t number = divisor(window.rows_in_all, window.columns_in_all);
         acc_t g[VEC];
         for (int v = 0; v < VEC; v++) g[v] = c < each ? pooled[warp][lane * VEC + v] / number * m : acc_t(0);
-        for (int i = 0; c < each && i < listed.rows; i++)
-          for (int j = 0; j < listed.columns; j++) {
+        for (int i = 0; c < each && i < window.rows; i++)
+          for (int j = 0; j < window.columns; j++) {
             const acc_t weight = rows.weight[i] * columns.weight[j];
             acc_t added[VEC];
             for (int v = 0; v < VEC; v++) added[v] = weight * g[v];

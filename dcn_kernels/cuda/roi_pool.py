@@ -12,7 +12,8 @@ from dcn_kernels.cuda import roi_mean
 from dcn_kernels.cuda.compile import Flags
 from dcn_kernels.cuda.device import DEFAULT_WORKSPACE, Device
 from dcn_kernels.cuda.roi_gather import collect
-from dcn_kernels.cuda.roi_mean import THREADS, Pooling, Source, Target, input_gradient, mean, set_strides
+from dcn_kernels.cuda.roi_mean import input_gradient, mean
+from dcn_kernels.cuda.roi_plan import THREADS, WARPS, Pooling, Source, Target, set_strides
 from dcn_kernels.dispatch import roi_rules
 from dcn_kernels.dispatch.shapes import check_argmax
 
@@ -96,7 +97,7 @@ def _maximum_gradient(
             s["R"] = part.stop - first
             places = argmax[part] if memory is None else memory[: part.stop - first]
             if source is not None:
-                blocks = -(-int(s["R"][0]) * pooling.shape[2] * pooling.shape[3] // roi_mean.WARPS)
+                blocks = -(-int(s["R"][0]) * pooling.shape[2] * pooling.shape[3] // WARPS)
                 pooling.launch(BUILD, "maximum", s, source.VEC, blocks, (maps, rois[part], None, places))
             set_strides(s, "pooled", "rcyx", grad_output)
             set_strides(s, "argmax", "rcyx", places)
