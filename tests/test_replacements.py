@@ -411,10 +411,10 @@ def test_a_subclass_stays() -> None:
         assert type(layers.replace_layers(model)[0]) is Alignment
 
 
-# ---------------------------------------------------------------- README: coming from another library
+# ---------------------------------------------------------------- docs/how-to/migrate.md
 
 
-def test_the_layers_that_readmes_table_names_load_the_others_state_dict_and_give_the_same() -> None:
+def test_the_layers_that_the_table_names_load_the_others_state_dict_and_give_the_same() -> None:
     torch.manual_seed(0)
     image, sizes = torch.rand(2, 4, 8, 8), (4, 6, 3, (2, 1), (1, 2), (1, 2), 2)
     for theirs, ours, args in (
@@ -438,10 +438,9 @@ def test_the_layers_that_readmes_table_names_load_the_others_state_dict_and_give
     torch.testing.assert_close(aligned(image, ROIS), ROIAlign(**ALIGN)(image, ROIS))
 
 
-def readme_calls() -> list[str]:
-    """The calls in the middle column of README's table."""
-    text = (ROOT / "README.md").read_text()
-    table = text[text.index("### Coming from another library") :].split("\n## ")[0]
+def calls_of_the_table() -> list[str]:
+    """The calls in the middle column of the table of docs/how-to/migrate.md."""
+    table = (ROOT / "docs" / "how-to" / "migrate.md").read_text()
     rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| ") and not line.startswith("| ---")]
     assert all(len(row) == 3 for row in rows)
     calls = [call for row in rows[1:] for call in re.findall(r"`([^`]+\))`", row[1])]
@@ -449,8 +448,8 @@ def readme_calls() -> list[str]:
     return calls
 
 
-@pytest.mark.parametrize("text", readme_calls())
-def test_the_calls_of_readmes_table_name_arguments_that_there_are(text: str) -> None:
+@pytest.mark.parametrize("text", calls_of_the_table())
+def test_the_calls_of_the_table_name_arguments_that_there_are(text: str) -> None:
     call = ast.parse(text, mode="eval").body
     assert isinstance(call, ast.Call) and isinstance(call.func, ast.Name)
     kind = getattr(layers, call.func.id, None) or getattr(dcn_kernels, call.func.id)
