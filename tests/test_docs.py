@@ -96,7 +96,7 @@ def test_the_reference_names_everything_of_an_adapter(name: str) -> None:
         wanted = set(adapter.__all__)
         assert torch
     else:
-        wanted = {*dcn_kernels.OPS, "disabled_checks"}
+        wanted = {*dcn_kernels.OPS, "disabled_checks", "record_layers"}
     listed = set(re.findall(r"^   (\w+)$", PAGES[f"reference/{name}.md"], re.MULTILINE))
     assert listed == wanted
 
