@@ -2,14 +2,45 @@
 // and later) and tests/cuda_host/matrix_host.hpp for the stand-in. Fragments
 // are laid out as the PTX ISA says.
 #ifdef CUDA_HOST
-#define SITE , int site = __builtin_LINE()  // which line of a kernel: for errors
+#define SITE , int site = __builtin_LINE()  // which line of a kernel: for errors and the log of accesses
 #define SITE_ONLY int site = __builtin_LINE()
 #define DYNAMIC_SHARED(name, bytes) SHARED(unsigned char, name, [bytes])
+#define TRACED(kind, pointer, bytes) host::trace(host::kind, pointer, bytes, site)
 #else
 #define SITE
 #define SITE_ONLY
 #define DYNAMIC_SHARED(name, bytes) extern __shared__ __align__(128) unsigned char name[]
+#define TRACED(kind, pointer, bytes)
 #endif
+
+// A V in shared or global memory as one access, which the stand-in can count.
+template <typename V, typename T>
+__device__ __forceinline__ V shared_load(const T* from SITE) {
+  CHECK_ALIGNED(from, alignof(V));
+  TRACED(SHARED_LOAD, from, sizeof(V));
+  return *reinterpret_cast<const V*>(from);
+}
+
+template <typename V, typename T>
+__device__ __forceinline__ void shared_store(T* to, const V& value SITE) {
+  CHECK_ALIGNED(to, alignof(V));
+  TRACED(SHARED_STORE, to, sizeof(V));
+  *reinterpret_cast<V*>(to) = value;
+}
+
+template <typename V, typename T>
+__device__ __forceinline__ V global_load(const T* from SITE) {
+  CHECK_ALIGNED(from, alignof(V));
+  TRACED(GLOBAL_LOAD, from, sizeof(V));
+  return *reinterpret_cast<const V*>(from);
+}
+
+template <typename V, typename T>
+__device__ __forceinline__ void global_store(T* to, const V& value SITE) {
+  CHECK_ALIGNED(to, alignof(V));
+  TRACED(GLOBAL_STORE, to, sizeof(V));
+  *reinterpret_cast<V*>(to) = value;
+}
 
 #ifndef CUDA_HOST
 __device__ __forceinline__ unsigned shared_address(const void* pointer) {

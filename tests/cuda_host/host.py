@@ -53,10 +53,10 @@ def missing() -> str:
 
 
 class Library:
-    """Kernels compiled by g++, by their file and flags."""
+    """Kernels compiled by g++, by their file and flags; with `trace`, kernels that log their accesses (accesses.py)."""
 
-    def __init__(self, cache: Path, sanitizer: str = "") -> None:
-        self.cache, self.sanitizer = cache, sanitizer
+    def __init__(self, cache: Path, sanitizer: str = "", *, trace: bool = False) -> None:
+        self.cache, self.sanitizer, self.trace = cache, sanitizer, trace
         self.loaded: dict[str, ctypes.CDLL] = {}
 
     def kernel(self, stem: str, flags: compile.Flags, name: str) -> Any:
@@ -112,7 +112,8 @@ class Library:
         return ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
 
     def _compile(self, *arguments: str, sanitizer: list[str] | None = None) -> None:
-        own = SANITIZERS[self.sanitizer] if sanitizer is None else sanitizer
+        own = list(SANITIZERS[self.sanitizer] if sanitizer is None else sanitizer)
+        own += ["-DHOST_TRACE"] if self.trace else []
         # -ffp-contract=off: no fused multiply-add, whatever the CPU
         command = ["g++", "-std=c++17", "-O1", "-g1", "-fPIC", "-ffp-contract=off", "-Wno-attributes", *own,
                    "-isystem", str(include_folder()), "-I", str(FOLDER), *arguments]  # fmt: skip
@@ -123,7 +124,7 @@ class Library:
     def _hash(self, *texts: str) -> str:
         names = ("cuda_host.hpp", "matrix_host.hpp", "runtime.hpp", "runtime.cpp", "host.py")
         own = [(FOLDER / name).read_text() for name in names]
-        return hashlib.sha256("\0".join([self.sanitizer, *own, *texts]).encode()).hexdigest()[:24]
+        return hashlib.sha256("\0".join([self.sanitizer, str(self.trace), *own, *texts]).encode()).hexdigest()[:24]
 
 
 class HostDevice:
