@@ -1,6 +1,6 @@
-// The matrix units and the copies that feed them: one warp's instructions, each with two bodies: PTX for NVRTC (sm_80
-// and later) and tests/cuda_host/matrix_host.hpp for the stand-in. Fragments
-// are laid out as the PTX ISA says.
+// The matrix units and the copies that feed them: one warp's instructions, each with two bodies: PTX for NVRTC and
+// tests/cuda_host/matrix_host.hpp for the stand-in. Fragments are laid out as the PTX ISA says. mma needs sm_80; the
+// copies are plain ones before it.
 #ifdef CUDA_HOST
 #define SITE , int site = __builtin_LINE()  // which line of a kernel: for errors and the log of accesses
 #define SITE_ONLY int site = __builtin_LINE()
@@ -106,6 +106,8 @@ __device__ __forceinline__ void ldmatrix(unsigned (&r)[4], const void* row SITE)
 __device__ __forceinline__ void cp_async(void* to, const void* from, bool valid SITE) {
 #ifdef CUDA_HOST
   host::cp_async(to, from, valid, site);
+#elif __CUDA_ARCH__ < 800
+  *static_cast<uint4*>(to) = valid ? *static_cast<const uint4*>(from) : uint4{};
 #else
   const int bytes = valid ? 16 : 0;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
@@ -116,7 +118,7 @@ __device__ __forceinline__ void cp_async(void* to, const void* from, bool valid 
 __device__ __forceinline__ void cp_async_commit(SITE_ONLY) {  // closes a group of copies
 #ifdef CUDA_HOST
   host::cp_async_commit(site);
-#else
+#elif __CUDA_ARCH__ >= 800
   asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
 }
@@ -125,7 +127,7 @@ template <int LEFT>
 __device__ __forceinline__ void cp_async_wait(SITE_ONLY) {  // until at most LEFT of this thread's groups are under way
 #ifdef CUDA_HOST
   host::cp_async_wait(LEFT, site);
-#else
+#elif __CUDA_ARCH__ >= 800
   asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
 #endif
 }
