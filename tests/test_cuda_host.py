@@ -428,8 +428,8 @@ PLANTED = {
     ),
     "a pointer advanced inside the grid-stride loop": (
         "staging",
-        "const int r = s.along_r",
-        "source += part / (s.B * down * across); const int r = s.along_r",
+        "const index_t across = (s.C",
+        "source_0 += nth > 0; const index_t across = (s.C",
         "wrong",
     ),
     "a grid that goes round once": (

@@ -68,7 +68,7 @@ __device__ __forceinline__ place_t place_of(const samples_t& from, int m, int k,
   place_t to{};
   if (m >= from.f.total) return to;
   const conv_t& s = from.s;
-  const sample_t sample = {m / s.pixels, m % s.pixels, k, og};
+  const sample_t sample = {m / s.pixels, s.first_pixel + m % s.pixels, k, og};
   const corners_t at = corners_of(s, from.offset, sample);
   to.cell.inside = at.value ? at.inside() : 0;
   to.cell.scale = at.nan ? acc_t(NOT_A_NUMBER) : modulation_of(s, from.mask, sample);
