@@ -8,7 +8,7 @@ How a kernel file is added:
 1. `name.cu`: starts with ``#include "common.cuh"``; a kernel is ``KERNEL(kernel, THREADS)(arguments) {...}``, its
    shared memory ``SHARED(type, name, [size])``. Sizes come in one struct by value; types and small numbers are macros.
 2. `name.py` beside it: its launcher (``device.launch(BUILD, "kernel", flags, blocks, threads, args, op=...)`` with
-   ``BUILD = "name"``) and ``variants(vector_atomics)``, which yields the flags of every build.
+   ``BUILD = "name"``) and ``variants(capability)``, which yields the flags of every build that is checked.
 3. Its stem goes into `FILES` below. The compile check, the package and the host tests then know it.
 """
 
@@ -33,6 +33,8 @@ FILES = (
     "cells",
     "gather",
     "deform_conv",
+    "deform_conv_forward",
+    "depthwise",
     "offset_sample",
     "roi_gather",
     "roi_mean",
@@ -84,9 +86,9 @@ def definitions(flags: Flags) -> tuple[str, ...]:
     )
 
 
-def variants(stem: str, vector_atomics: bool) -> list[Flags]:
-    """The flags of every build of a kernel file, for GPUs with or without atomics of 16 bytes."""
-    return list(import_module(f"dcn_kernels.cuda.{stem}").variants(vector_atomics))
+def variants(stem: str, capability: tuple[int, int]) -> list[Flags]:
+    """The flags of every build of a kernel file that is checked, for GPUs of a compute capability."""
+    return list(import_module(f"dcn_kernels.cuda.{stem}").variants(capability))
 
 
 def kernel(stem: str, flags: Flags, name: str) -> Any:
@@ -156,9 +158,7 @@ def check_kernels(
 
 def builds(archs: tuple[str, ...]) -> list[tuple[str, Flags, str]]:
     """(file, flags, architecture) of everything that is compiled."""
-    return [
-        (stem, flags, arch) for arch in archs for stem in FILES for flags in variants(stem, capability(arch) >= (9, 0))
-    ]
+    return [(stem, flags, arch) for arch in archs for stem in FILES for flags in variants(stem, capability(arch))]
 
 
 def _check(nvrtc: NVRTC, stem: str, flags: Flags, arch: str) -> list[dict[str, Any]]:

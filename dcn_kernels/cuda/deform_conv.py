@@ -15,11 +15,14 @@ import numpy as np
 
 from dcn_kernels.cuda import device as _device
 from dcn_kernels.cuda.compile import Flags
-from dcn_kernels.cuda.device import DEFAULT_WORKSPACE, SPLIT_CAPABILITIES, Device
+from dcn_kernels.cuda.deform_conv_forward import deform_conv2d
+from dcn_kernels.cuda.device import DEFAULT_WORKSPACE, SPLIT_CAPABILITIES, Device, has_vector_atomics
 from dcn_kernels.cuda.gather import Gatherer
 from dcn_kernels.cuda.staging import copy
 from dcn_kernels.cuda.taps import LARGEST, all_types, channels_at_once, conv, set_strides, team, types, widths
 from dcn_kernels.dtypes import accumulator
+
+__all__ = ["deform_conv2d", "deform_conv2d_backward"]
 
 OP, BUILD = "deform_conv2d", "deform_conv"
 THREADS, PIXELS, SLOTS = 256, 32, 8
@@ -29,57 +32,6 @@ LEAST_TILE_BYTES = 16 << 20  # of columns, where the cache is small: a matrix pr
 SPLIT_LENGTH = 1024
 
 Parts = tuple[Any, ...]  # a matrix, or its TF32 numbers and what they leave
-
-
-def deform_conv2d(
-    input: Any,  # (N, C, H, W)
-    offset: Any,  # (N, 2*OG*KH*KW, OH, OW)
-    weight: Any,  # (O, C/groups, KH, KW)
-    bias: Any,  # (O,) or None
-    mask: Any,  # (N, OG*KH*KW, OH, OW) or None
-    *,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    border: str,
-    precision: str,
-    workspace_bytes: int | None,
-    out: Any = None,
-    device: Device | None = None,
-) -> Any:
-    """Eq. 2. Returns (N, O, OH, OW)."""
-    device = device or _device.current()
-    N, O, (OH, OW) = input.shape[0], weight.shape[0], offset.shape[2:]
-    y = device.empty((N, O, OH, OW), input.dtype) if out is None else out
-    if y.size == 0:
-        return y
-    call = _Convolution(device, input, offset, weight, mask, stride, padding, dilation, border, precision)
-    budget = (workspace_bytes or DEFAULT_WORKSPACE) - call.matrix_bytes
-    call.lay_out(budget, call.stage_bytes)
-    tiles = _Tiles.fit(device, budget, call, call.stage_bytes, call.column_bytes, call.column_bytes)
-    stage = call.stage(tiles)
-    columns = tuple(device.empty((tiles.rows, call.row), input.dtype) for _ in range(call.parts))
-    matrix = call.weight_matrix()
-    if bias is not None:
-        copy(device, bias.reshape(1, 1, O, 1), y.reshape(1, N, O, OH * OW), op=OP)
-    y_rows = y.reshape(N, call.groups, O // call.groups, OH * OW)
-    for images in tiles.chunks():
-        s, source = call.read(images, stage)
-        for run in tiles.runs():
-            rows = call.sample(s, source, images, run, columns)
-            target = y_rows[images][..., run]
-            # batched over the images of the tile, or over the convolution groups of one image
-            count, pixels, inner = target.shape[0], target.shape[3], call.row // call.groups
-            by_image = tuple(part.reshape(count, pixels, call.groups, inner) for part in rows)
-            if call.groups == 1:
-                batches = [(matrix, tuple(part[:, :, 0].transpose(0, 2, 1) for part in by_image), target[:, 0])]
-            else:
-                batches = [
-                    (matrix, tuple(part[n].transpose(1, 2, 0) for part in by_image), target[n]) for n in range(count)
-                ]
-            for a, b, product in batches:
-                call.multiply(a, b, product, accumulate=bias is not None)
-    return y
 
 
 def deform_conv2d_backward(
@@ -431,9 +383,9 @@ def _flags(device: Device, c_types: Flags, VEC: int, split: bool) -> Flags:
     return {**c_types, "VEC": VEC, "SPLIT": split, "VECTOR_ATOMICS": device.vector_atomics}
 
 
-def variants(vector_atomics: bool) -> Iterator[Flags]:
+def variants(capability: tuple[int, int]) -> Iterator[Flags]:
     """The flags of every build."""
     for dtype, c_types in all_types():
         for width in widths(dtype):
             for split in (False, True) if dtype == "float32" else (False,):
-                yield {**c_types, "VEC": width, "SPLIT": split, "VECTOR_ATOMICS": vector_atomics}
+                yield {**c_types, "VEC": width, "SPLIT": split, "VECTOR_ATOMICS": has_vector_atomics(capability)}

@@ -12,7 +12,6 @@
 #define TILE_BYTES (2 * A_BYTES + STAGES * B_BYTES)
 #define LARGER(a, b) ((a) > (b) ? (a) : (b))
 static_assert(LARGER(TILE_BYTES, BN * OUT_ROW) + PLACES * int(sizeof(place_t)) == SHARED_BYTES, "as the launcher says");
-static_assert(THREADS % BM == 0, "in the epilogue a thread keeps its pixel");
 
 // y[n, o, p] = bias[o] + sum over k, c of weight[o, k, c] m_k(p) x_c(p + p_k + dp_k): Eq. 2.
 //

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from dcn_kernels.cuda.compile import CTYPES, Flags
-from dcn_kernels.cuda.device import DEFAULT_WORKSPACE, Device
+from dcn_kernels.cuda.device import DEFAULT_WORKSPACE, Device, has_vector_atomics
 from dcn_kernels.cuda.roi_gather import collect
 from dcn_kernels.cuda.staging import copy
 from dcn_kernels.cuda.taps import LARGEST
@@ -210,8 +210,8 @@ def input_gradient(pooling: Pooling, target: Target, grad_output: Any, *, determ
         target.end(some)
 
 
-def variants(vector_atomics: bool) -> Iterator[Flags]:
+def variants(capability: tuple[int, int]) -> Iterator[Flags]:
     """The flags of every build: one channel at a time, or several."""
     for dtype, width in VECTORS.items():
         for VEC in sorted({1, width}):
-            yield {"scalar_t": CTYPES[dtype], "VEC": VEC, "VECTOR_ATOMICS": vector_atomics}
+            yield {"scalar_t": CTYPES[dtype], "VEC": VEC, "VECTOR_ATOMICS": has_vector_atomics(capability)}

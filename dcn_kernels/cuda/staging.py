@@ -91,7 +91,7 @@ def copy_flags(source: str, target: str, split: bool) -> Flags:
     return {"source_t": CTYPES[source], "target_t": CTYPES[target], "SPLIT": split}
 
 
-def variants(vector_atomics: bool) -> Iterator[Flags]:
+def variants(capability: tuple[int, int]) -> Iterator[Flags]:
     """The flags of every build: within a dtype, and from its accumulators."""
     for name in CTYPES:
         yield copy_flags(name, name, False)

@@ -13,6 +13,7 @@ import importlib.util
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from dcn_kernels.cuda import compile
-from dcn_kernels.cuda.device import batch_stride, leading
+from dcn_kernels.cuda.device import batch_stride, leading, shared_bytes_of_a_block
 
 FOLDER = Path(__file__).parent
 SANITIZERS = {
@@ -139,9 +140,10 @@ class HostDevice:
         seed: int = 0,
         max_blocks: int = 3,  # smaller than the work: every grid-stride loop goes round
         cache_bytes: int = 1 << 20,
+        multiprocessors: int = 4,
     ) -> None:
         self.library, self.capability, self.max_blocks, self.cache_bytes = library, capability, max_blocks, cache_bytes
-        self.schedule, self.seed = schedule, seed
+        self.schedule, self.seed, self.multiprocessors = schedule, seed, multiprocessors
         self.allocated: list[int] = []
         self.launched: list[tuple[str, str]] = []
 
@@ -175,10 +177,20 @@ class HostDevice:
         *,
         op: str,
     ) -> None:
-        entry = self.library.kernel(stem, flags, kernel)
-        self.library.runtime.host_set_schedule(SCHEDULES[self.schedule], ctypes.c_uint64(self.seed))
-        call(entry, min(blocks, self.max_blocks), threads, args)
-        self.launched.append((stem, kernel))
+        self.function(stem, kernel, flags, threads, op=op)(blocks, args)
+
+    def function(
+        self, stem: str, kernel: str, flags: compile.Flags, threads: int, *, shared_bytes: int = 0, op: str
+    ) -> Callable[[int, tuple[Any, ...]], None]:
+        assert shared_bytes <= shared_bytes_of_a_block(self.capability)
+
+        def start(blocks: int, args: tuple[Any, ...]) -> None:
+            entry = self.library.kernel(stem, flags, kernel)
+            self.library.runtime.host_set_schedule(SCHEDULES[self.schedule], ctypes.c_uint64(self.seed))
+            call(entry, min(blocks, self.max_blocks), threads, args)
+            self.launched.append((stem, kernel))
+
+        return start
 
     @staticmethod
     def matmul(
