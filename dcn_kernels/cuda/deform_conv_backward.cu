@@ -7,8 +7,8 @@
 #include "matrix_units.cuh"
 #include "product_tiles.cuh"
 #include "sampled_tiles.cuh"
+#include "spots.cuh"
 
-#define V (VEC < 4 ? VEC : 4)  // channels that are scattered at once
 // Numbers of a row of the columns' gradient [BM][BN] in shared memory: some more, against bank conflicts.
 #define G_ROW (BN + (MATRIX_UNITS ? 8 : 16 / int(sizeof(acc_t))))
 #define LARGER(a, b) ((a) > (b) ? (a) : (b))
@@ -21,40 +21,6 @@ static_assert(DATA_MAIN + CARRY_BYTES + BM * int(sizeof(spot_t)) == DATA_BYTES, 
 static_assert(STAGES * A_BYTES + 2 * B_BYTES + 2 * CHUNK_PLACES * int(sizeof(place_t)) == WEIGHT_BYTES,
               "as the launcher says");
 static_assert(BM % BK == 0 && BN % BK == 0, "whole panels");
-
-enum { VALUE = 16, MOVES_Y = 32, MOVES_X = 64, NAN_AT = 128 };  // above the four corners' bits
-
-// What the gradients of a sample need of it, for all channels of an offset group.
-struct alignas(16) spot_t {
-  index_t cell, grad_cell;  // the first corner's element of the input and of grad_input, before the channel is added
-  acc_t ly, lx, modulation;
-  unsigned flags;
-};
-
-__device__ __forceinline__ spot_t spot_of(const samples_t& from, int m, int k, int og) {
-  spot_t to{};
-  if (m >= from.f.total) return to;
-  const conv_t& s = from.s;
-  const sample_t sample = {m / s.pixels, s.first_pixel + m % s.pixels, k, og};
-  const corners_t at = corners_of(s, from.offset, sample);
-  to.cell = sample.image * s.input_n + at.y * s.input_y + at.x * s.input_x;
-  to.grad_cell = sample.image * s.grad_n + at.y * s.grad_y + at.x * s.grad_x;
-  to.ly = at.ly;
-  to.lx = at.lx;
-  to.modulation = modulation_of(s, from.mask, sample);
-  to.flags = at.inside() | (at.value ? VALUE : 0) | (at.moves_y ? MOVES_Y : 0) | (at.moves_x ? MOVES_X : 0) |
-             (at.nan ? NAN_AT : 0);
-  return to;
-}
-
-// V numbers of one corner; a corner outside counts as 0.
-__device__ __forceinline__ void load_corner(acc_t (&x)[V], const scalar_t* from, bool there SITE) {
-  TRACED(GLOBAL_LOAD, from, there ? sizeof(vec<scalar_t, V>) : 0);
-  vec<scalar_t, V> corner{};
-  if (there) corner = load<V>(from);
-#pragma unroll
-  for (int v = 0; v < V; v++) x[v] = acc_t(corner.v[v]);
-}
 
 // With g = dL/dcolumn = sum over o of weight[o, c, k] grad_output[o, p], Eq. 7 and the transposes of Eq. 2:
 //   grad_input[q] += m G(q, p) g,   grad_offset = m sum_c g dx_c(p)/dp,   grad_mask = sum_c g x_c(p)
@@ -154,67 +120,29 @@ KERNEL(data_gradients, THREADS)
         const int begin = og * per_og < channel ? channel : og * per_og;
         const int end = (og + 1) * per_og < channel + count ? (og + 1) * per_og : channel + count;
         const spot_t at = wide ? spots[row] : spot_of(samples, m0 + row, k, og);
-        const acc_t ly = at.ly, lx = at.lx;
-        acc_t share[4], left = 0, right = 0, top = 0, bottom = 0, sum_value = 0;
-#pragma unroll
-        for (int q = 0; q < 4; q++) share[q] = corner_weight(ly, lx, q) * at.modulation;
+        spot_sums_t sums;
         for (int c = begin + lane * V; c < end && row < valid_m; c += s.lanes * V) {
           const vec<acc_t, V> g = shared_load<vec<acc_t, V>>(grads + row * G_ROW + (c - channel));
-          if (sums_up) {
-            acc_t x[4][V];
-#pragma unroll
-            for (int q = 0; q < 4; q++)
-              load_corner(x[q], input + (at.cell + c * s.input_c + q / 2 * s.input_y + q % 2 * s.input_x),
-                          at.flags >> q & 1);
-#pragma unroll
-            for (int v = 0; v < V; v++) {
-              left += g.v[v] * (x[2][v] - x[0][v]);
-              right += g.v[v] * (x[3][v] - x[1][v]);
-              top += g.v[v] * (x[1][v] - x[0][v]);
-              bottom += g.v[v] * (x[3][v] - x[2][v]);
-              sum_value += g.v[v] * ((1 - ly) * ((1 - lx) * x[0][v] + lx * x[1][v]) +
-                                     ly * ((1 - lx) * x[2][v] + lx * x[3][v]));
-            }
-          }
-          if (grad_input != nullptr) {
-#pragma unroll
-            for (int q = 0; q < 4; q++) {
-              if (!(at.flags >> q & 1)) continue;
-              acc_t scattered[V];
-#pragma unroll
-              for (int v = 0; v < V; v++) scattered[v] = share[q] * g.v[v];
-              // atomic: other samples, of this block and of others, have a cell that touches this pixel
-              atomic_add<V>(grad_input + (at.grad_cell + c * s.grad_c + q / 2 * s.grad_y + q % 2 * s.grad_x),
-                            scattered);
-            }
-          }
+          if (sums_up) sums.add(at, g.v, samples, c);
+          if (grad_input != nullptr) scatter(grad_input, at, g.v, s, c);
         }
         if (!sums_up) continue;
-        acc_t sum_y = sum_over_lanes(at.flags & MOVES_Y ? (1 - lx) * left + lx * right : acc_t(0), s.lanes);
-        acc_t sum_x = sum_over_lanes(at.flags & MOVES_X ? (1 - ly) * top + ly * bottom : acc_t(0), s.lanes);
-        sum_value = sum_over_lanes(at.flags & VALUE ? sum_value : acc_t(0), s.lanes);
+        spot_gradients_t own = sums.over_lanes(at, s.lanes);
         if (lane || row >= valid_m) continue;
         if (og * per_og < channel) {  // the offset group began before these channels
           const acc_t* const before = carry + ((turn ^ 1) * BM + row) * 4;
-          sum_y += before[0];
-          sum_x += before[1];
-          sum_value += before[2];
+          own.y += before[0];
+          own.x += before[1];
+          own.value += before[2];
         }
         if ((og + 1) * per_og > channel + count) {  // and goes on after them
           acc_t* const after = carry + (turn * BM + row) * 4;
-          after[0] = sum_y;
-          after[1] = sum_x;
-          after[2] = sum_value;
-          continue;
+          after[0] = own.y;
+          after[1] = own.x;
+          after[2] = own.value;
+        } else {
+          write_gradients(grad_offset, grad_mask, at, own, s, m0 + row, k, og);
         }
-        const int m = m0 + row, pixel = s.first_pixel + m % s.pixels;
-        const index_t area = index_t(s.OH) * s.OW, to = (index_t(m / s.pixels * s.OG + og) * taps + k) * area;
-        const acc_t undefined = at.flags & NAN_AT ? acc_t(NOT_A_NUMBER) : acc_t(0);
-        if (grad_offset != nullptr) {
-          grad_offset[2 * to + pixel] = offset_t(sum_y * at.modulation + undefined);
-          grad_offset[2 * to + area + pixel] = offset_t(sum_x * at.modulation + undefined);
-        }
-        if (grad_mask != nullptr) grad_mask[to + pixel] = mask_t(sum_value + undefined);
       }
       __syncthreads();  // the columns' gradient is used up
       channel += count;
@@ -292,7 +220,7 @@ __device__ __forceinline__ void multiply_pixels(sums_t& sums, const unsigned cha
   auto at = [](int row, int column) {
     return column / BK * PANEL + piece_at(row, column % BK / EL) + column % EL * int(sizeof(scalar_t));
   };
-#pragma unroll
+#pragma unroll 1  // unrolled, it takes a minute to compile
   for (int pixel = 0; pixel < BK / 4; pixel++) {
     const int row = step * (BK / 4) + pixel;
     acc_t a[2 * MT];
