@@ -130,7 +130,7 @@ def _plan(
     matrix = Layout((O // C, taps, padded) if depthwise else (O, taps, padded), (), dtype)
     matrix_bytes = int(np.prod(matrix.shape)) * dtype.itemsize * (2 if body.split else 1)
     VEC = channels_at_once(dtype, per_og, width)
-    staged, channels_last = False, _is_channels_last(input, VEC, aligned[0])
+    staged, channels_last = False, is_channels_last(input, VEC, aligned[0])
     image_bytes = C * H * W * dtype.itemsize
     images = min(N, LARGEST // area)
     if not channels_last:
@@ -139,7 +139,7 @@ def _plan(
             images = min(images, fitting)
         else:
             VEC = 1  # on the planes as they are
-    stage = Layout((images, C, H, W), _strides_of((images, H, W, C), dtype.itemsize, (0, 3, 1, 2)), dtype)
+    stage = Layout((images, C, H, W), strides_of((images, H, W, C), dtype.itemsize, (0, 3, 1, 2)), dtype)
     source = stage if staged else input
     WIDE = product.share_an_offset_group(width, per_og, dtype)
 
@@ -213,7 +213,7 @@ def _plan(
     )
 
 
-def _is_channels_last(input: Layout, VEC: int, aligned: bool) -> bool:
+def is_channels_last(input: Layout, VEC: int, aligned: bool) -> bool:
     """Whether the kernels can load VEC channels at once from the caller's own array."""
     steps = [stride // input.dtype.itemsize for stride in input.strides]
     return steps[1] == 1 and aligned and all(step % VEC == 0 for step in (steps[0], steps[2], steps[3]))
@@ -225,7 +225,7 @@ def _same(one: Layout, other: Layout) -> bool:
     return one.shape == other.shape and all(a == b or size == 1 for size, a, b in pairs)
 
 
-def _strides_of(shape: tuple[int, ...], itemsize: int, axes: tuple[int, ...]) -> tuple[int, ...]:
+def strides_of(shape: tuple[int, ...], itemsize: int, axes: tuple[int, ...]) -> tuple[int, ...]:
     """The strides of a C-contiguous array, its axes transposed."""
     strides = [itemsize] * len(shape)
     for axis in range(len(shape) - 2, -1, -1):

@@ -1,4 +1,4 @@
-// Copies between layouts: arrays of four axes by strides to others, cast and, with SPLIT, in two parts.
+// Copies between layouts: arrays of up to five axes by strides to others, cast and, with SPLIT, in two parts.
 #include "common.cuh"
 
 #define TILE 32
@@ -6,10 +6,10 @@
 #define COPIES 3  // of a launch
 
 struct copy_t {
-  index_t A, B, R, C;                      // sizes of the target; the source is read along C
+  index_t Z, A, B, R, C;                   // sizes of the target; the source is read along C
   index_t rows, columns;                   // of the source along R and C: the target is 0 beyond
-  index_t from_a, from_b, from_r, from_c;  // strides, in elements; 0 repeats
-  index_t to_a, to_b, to_r, to_c;
+  index_t from_z, from_a, from_b, from_r, from_c;  // strides, in elements; 0 repeats
+  index_t to_z, to_a, to_b, to_r, to_c;
   index_t along_r;                         // 1: the target is written along R, 0: along C
   index_t parts;                           // tiles of TILE x TILE; 0: there is no such copy
 };
@@ -17,7 +17,7 @@ struct copies_t {
   copy_t of[COPIES];
 };
 
-// target[a, b, r, c] = source[a, b, r, c]. A block owns a TILE x TILE part of (r, c) at a time, through shared memory,
+// target[z, a, b, r, c] = source[z, a, b, r, c]. A block owns a TILE x TILE part of (r, c) at a time, through shared memory,
 // so that reads run along the source's rows and writes along the target's. No two blocks write the same element.
 // A low target takes what the TF32 numbers of its target leave; null: the copy is in one part.
 KERNEL(copy, TILE * ROWS)
@@ -37,9 +37,10 @@ KERNEL(copy, TILE * ROWS)
     const index_t part = nth - (job == 0 ? 0 : job == 1 ? first_1 : first_2);
     const index_t across = (s.C + TILE - 1) / TILE, down = (s.R + TILE - 1) / TILE;
     const index_t plane = part / (down * across), in_plane = part - plane * (down * across);
-    const index_t a = plane / s.B, b = plane - a * s.B, tile_r = in_plane / across;
+    const index_t rest = plane / s.B, b = plane - rest * s.B, z = rest / s.A, a = rest - z * s.A;
+    const index_t tile_r = in_plane / across;
     const index_t r0 = tile_r * TILE, c0 = (in_plane - tile_r * across) * TILE;
-    const index_t from = a * s.from_a + b * s.from_b + r0 * s.from_r + (c0 + lane) * s.from_c;
+    const index_t from = z * s.from_z + a * s.from_a + b * s.from_b + r0 * s.from_r + (c0 + lane) * s.from_c;
     for (int i = row; i < TILE; i += ROWS) {
       if (r0 + i >= s.R || c0 + lane >= s.C) continue;
       const bool there = r0 + i < s.rows && c0 + lane < s.columns;
@@ -49,7 +50,7 @@ KERNEL(copy, TILE * ROWS)
     for (int i = row; i < TILE; i += ROWS) {
       const int r = s.along_r ? lane : i, c = s.along_r ? i : lane;
       if (r0 + r >= s.R || c0 + c >= s.C) continue;
-      const index_t to = a * s.to_a + b * s.to_b + (r0 + r) * s.to_r + (c0 + c) * s.to_c;
+      const index_t to = z * s.to_z + a * s.to_a + b * s.to_b + (r0 + r) * s.to_r + (c0 + c) * s.to_c;
 #if SPLIT
       if (low != nullptr) {
         tf32_split(tile[r][c], target[to], low[to]);

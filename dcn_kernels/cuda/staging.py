@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -15,16 +16,16 @@ BUILD = "staging"
 TILE, THREADS, COPIES = 32, 256, 3
 
 COPY = np.dtype([(name, np.int64) for name in (
-    *("A", "B", "R", "C", "rows", "columns"),
-    *("from_a", "from_b", "from_r", "from_c"),
-    *("to_a", "to_b", "to_r", "to_c"),
+    *("Z", "A", "B", "R", "C", "rows", "columns"),
+    *("from_z", "from_a", "from_b", "from_r", "from_c"),
+    *("to_z", "to_a", "to_b", "to_r", "to_c"),
     *("along_r", "parts"),
 )])  # fmt: skip
 JOBS = np.dtype([("of", COPY, COPIES)])
 
 
 class Job(NamedTuple):
-    """One copy: target[...] = source[...], both of four axes, by strides.
+    """One copy: target[...] = source[...], both of four or five axes, by strides.
 
     Where an axis of the source is shorter, it is repeated if its length is 1; with `padded` the target is 0 beyond it.
     With `low` (float32) the copy has two parts: TF32 numbers, and what they leave.
@@ -65,25 +66,29 @@ def _struct(source: Any, target: Any, padded: bool) -> np.void:
     shape = target.shape
     read, write = _fastest(source), _fastest(target)
     if read == write:
-        row = max((axis for axis in range(4) if axis != read), key=lambda axis: shape[axis])
+        row = max((axis for axis in range(len(shape)) if axis != read), key=lambda axis: shape[axis])
     else:
         row = write
-    a, b = (axis for axis in range(4) if axis not in (read, row))
+    others = [axis for axis in range(len(shape)) if axis not in (read, row)]
     s = np.zeros((), COPY)
-    for letter, axis in zip("ABRC", (a, b, row, read), strict=True):
+    s["Z"] = 1
+    for letter, axis in zip("ZAB"[-len(others) :] + "RC", (*others, row, read), strict=True):
         s[letter] = shape[axis]
         repeated = source.shape[axis] == 1 and not padded
         s[f"from_{letter.lower()}"] = 0 if repeated else source.strides[axis] // source.dtype.itemsize
         s[f"to_{letter.lower()}"] = target.strides[axis] // target.dtype.itemsize
     s["rows"], s["columns"] = ((source if padded else target).shape[axis] for axis in (row, read))
     s["along_r"] = read != write
-    s["parts"] = shape[a] * shape[b] * -(-shape[row] // TILE) * -(-shape[read] // TILE)
+    s["parts"] = math.prod(shape[axis] for axis in others) * -(-shape[row] // TILE) * -(-shape[read] // TILE)
     return s[()]
 
 
 def _fastest(array: Any) -> int:
     """The axis whose neighbours lie closest together."""
-    return min(range(3, -1, -1), key=lambda axis: abs(array.strides[axis]) if array.shape[axis] > 1 else np.inf)
+    return min(
+        reversed(range(len(array.shape))),
+        key=lambda axis: abs(array.strides[axis]) if array.shape[axis] > 1 else np.inf,
+    )
 
 
 def copy_flags(source: str, target: str, split: bool) -> Flags:
