@@ -20,13 +20,12 @@ static_assert(LARGER(TILE_BYTES, BN * OUT_ROW) + PLACES * int(sizeof(place_t)) =
 // blended into the other A tile, and the weights of chunk i+STAGES-1 are copied. Places are computed for a run of TAPS
 // taps and one offset group at once.
 KERNEL(deform_conv_forward, THREADS)
-(const scalar_t* __restrict__ input,       // [images, C, H, W] by strides; VEC > 1: channels last, aligned
- const offset_t* __restrict__ offset,      // [images, 2*OG*KH*KW, OH, OW] by strides
- const mask_t* __restrict__ mask,          // [images, OG*KH*KW, OH, OW] by strides, or null: all ones
- const scalar_t* __restrict__ weight,      // [O, KH*KW, padded], zeros from C/groups on
- const scalar_t* __restrict__ weight_low,  // SPLIT: what the TF32 numbers of `weight` leave; else null
- const scalar_t* __restrict__ bias,        // [O] by stride, or null: all zeros
- scalar_t* __restrict__ y,                 // [images, O, OH, OW] by strides
+(const scalar_t* __restrict__ input,   // [images, C, H, W] by strides; VEC > 1: channels last, aligned
+ const offset_t* __restrict__ offset,  // [images, 2*OG*KH*KW, OH, OW] by strides
+ const mask_t* __restrict__ mask,      // [images, OG*KH*KW, OH, OW] by strides, or null: all ones
+ const scalar_t* __restrict__ weight,  // [PARTS, O, KH*KW, padded], zeros from C/groups on
+ const scalar_t* __restrict__ bias,    // [O] by stride, or null: all zeros
+ scalar_t* __restrict__ y,             // [images, O, OH, OW] by strides
  const conv_t s, const product_t f) {
   DYNAMIC_SHARED(memory, SHARED_BYTES);
   unsigned char* const A = memory;
@@ -45,9 +44,10 @@ KERNEL(deform_conv_forward, THREADS)
 
     auto copy_weights = [&](const chunk_t& at, int stage) {
       const index_t from = first_o * weight_row + index_t(at.k) * f.padded + at.c;
-      unsigned char* const to = B + stage * B_BYTES;
-      copy_tile<BN>(to, weight + from, weight_row, valid_o, f.padded - at.c);
-      if (SPLIT) copy_tile<BN>(to + BN * ROW_BYTES, weight_low + from, weight_row, valid_o, f.padded - at.c);
+#pragma unroll
+      for (int part = 0; part < PARTS; part++)
+        copy_tile<BN>(B + stage * B_BYTES + part * BN * ROW_BYTES, weight + (from + part * f.O * weight_row), weight_row,
+                      valid_o, f.padded - at.c);
     };
     auto find_places = [&](const chunk_t& at) {
 #if WIDE

@@ -44,7 +44,8 @@ class Chunk(NamedTuple):
     copy: Callable[[int, tuple[Any, ...]], None] | None
     copy_blocks: int
     copy_struct: np.ndarray | None
-    packs: bool  # the copy also packs the weights
+    packs: bool  # the copy also packs the weights ...
+    splits: bool  # ... in two parts
 
 
 class Plan(NamedTuple):
@@ -84,25 +85,19 @@ def deform_conv2d(
     aligned = (device.address(input) % 16 == 0, device.address(weight) % 16 == 0)
     plan = _plan(device, layouts, aligned, stride, padding, dilation, border, precision, workspace_bytes)
     stage = None if plan.stage_shape is None else device.empty(plan.stage_shape, input.dtype)
-    low = None
-    if plan.matrix_shape is None:
-        matrix = weight
-    else:
-        parts = device.empty(plan.matrix_shape, input.dtype)
-        matrix = parts[0]
-        low = parts[1] if len(parts) > 1 else None
+    matrix = weight if plan.matrix_shape is None else device.empty(plan.matrix_shape, input.dtype)
     for chunk in plan.chunks:
         x, own_offset, own_mask, own_y = input, offset, mask, y
         if chunk.images is not None:
             x, own_offset, own_y = input[chunk.images], offset[chunk.images], y[chunk.images]
             own_mask = None if mask is None else mask[chunk.images]
         if chunk.copy is not None:
-            jobs = (weight, matrix, low) if chunk.packs else ()
+            jobs = (weight, matrix, matrix[1] if chunk.splits else None) if chunk.packs else ()
             if stage is not None:
                 jobs += (x, stage, None)
             chunk.copy(chunk.copy_blocks, (*jobs, *[None] * (3 * staging.COPIES - len(jobs)), chunk.copy_struct))
         source = x if stage is None else stage
-        plan.start(chunk.blocks, (source, own_offset, own_mask, matrix, low, bias, own_y, *chunk.structs))
+        plan.start(chunk.blocks, (source, own_offset, own_mask, matrix, bias, own_y, *chunk.structs))
     return y
 
 
@@ -207,7 +202,7 @@ def _plan(
         chunks.append(
             Chunk(
                 None if n == N else slice(first, first + n), down * across, (own_s, own_f), copy,
-                int(struct["of"]["parts"].sum()), struct, packs_now,
+                int(struct["of"]["parts"].sum()), struct, packs_now, body.split,
             )
         )  # fmt: skip
     return Plan(
