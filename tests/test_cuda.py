@@ -157,7 +157,7 @@ def test_temporary_memory_stays_within_the_workspace(dtype: Any, deterministic: 
             options = {"workspace_bytes": workspace, "deterministic": deterministic}
             return deform_conv2d_backward(grad_output, **arrays, padding=1, **options)
 
-        run()  # cuBLAS takes memory of its own when it is first used
+        run()
         pool = cupy.cuda.MemoryPool()
         with cupy.cuda.using_allocator(pool.malloc):
             results = run()
@@ -189,7 +189,7 @@ def test_pooling_is_captured_in_a_graph(op: Op) -> None:
 
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_convolution_runs_on_the_callers_stream_without_a_synchronisation(deterministic: bool) -> None:
-    """On a stream that is held up: the calls come back all the same. CuPy captures no cuBLAS in a graph."""
+    """On a stream that is held up: the calls come back all the same."""
     arrays, stream, gate = layer(), cupy.cuda.Stream(non_blocking=True), threading.Event()
     grad_output = cupy.ones_like(arrays["input"])
 

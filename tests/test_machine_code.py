@@ -72,7 +72,7 @@ def test_machine_code_of_a_kernel_is_read() -> None:
         program, nvrtc = machine_code.disassembler(), compile.NVRTC()
     except (machine_code.DisassemblerNotFound, compile.CompilerNotFound) as error:
         pytest.skip(str(error))
-    rows = machine_code._read(program, nvrtc, "staging", compile.variants("staging", True)[0], "sm_90")
+    rows = machine_code._read(program, nvrtc, "staging", compile.variants("staging", (9, 0))[0], "sm_90")
     assert [row["kernel"] for row in rows] == ["staging.copy"]
     assert rows[0]["threads"] == 256 and rows[0]["blocks"] >= 2
 

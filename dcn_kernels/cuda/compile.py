@@ -32,7 +32,6 @@ FILES = (
     "sort",
     "cells",
     "gather",
-    "deform_conv",
     "deform_conv_forward",
     "deform_conv_backward",
     "depthwise",

@@ -29,6 +29,7 @@ from dcn_kernels.cuda.taps import LARGEST, all_types, channels_at_once, conv, se
 from dcn_kernels.dtypes import DTYPES, accumulator
 
 BUILD, DEPTHWISE = "deform_conv_backward", "depthwise_backward"
+SLOTS = 8  # of depthwise_backward.cu
 LANES = 8  # at most, of a pixel in data_gradients: with V channels each they scatter 32 or more at once
 LEAST_PIXELS = 256  # of a split
 
@@ -328,11 +329,11 @@ def _plan(
             data = weight_step = finish = gather = None
             if samples:
                 if depthwise:
-                    blocks, structs = -(-m // depthwise_kernel.TILE) * -(-taps * OG // LANES), (own, own_f)
+                    blocks = -(-m // depthwise_kernel.TILE) * -(-taps * OG // SLOTS)
+                    data = Step(function("depthwise_data_gradients", flags), blocks, (own, own_f))
                 else:
-                    blocks, structs = -(-m // tile.BM) * taps, (own, own_f, np.int32(wide))
-                name = "depthwise_data_gradients" if depthwise else "data_gradients"
-                data = Step(function(name, flags, shared_bytes=shared[0]), blocks, structs)
+                    start = function("data_gradients", flags, shared_bytes=shared[0])
+                    data = Step(start, -(-m // tile.BM) * taps, (own, own_f, np.int32(wide)))
             if sorts:
                 gather = own.copy()
                 gather["lanes"] = team(per_og // gather_VEC, 32)
@@ -389,6 +390,8 @@ def _matrix(weight: Layout, shape: tuple[int, ...], groups: int, depthwise: bool
     """The weights, and their matrix of `shape`, with the same axes: output channels as two."""
     (O, width, KH, KW), (step_o, step_c, step_y, step_x) = weight.shape, weight.strides
     itemsize, padded = weight.dtype.itemsize, shape[-1]
+    source: tuple[tuple[int, ...], tuple[int, ...]]
+    target: tuple[tuple[int, ...], tuple[int, ...]]
     if depthwise:  # (channel, one of M, ky, kx) to [M, KH*KW, padded]
         M = shape[0]
         source = (O // M, M, KH, KW), (step_o * M, step_o, step_y, step_x)

@@ -61,7 +61,7 @@ def layout(copies: list[tuple[Any, Any, bool]]) -> np.ndarray:
     return structs
 
 
-def _struct(source: Any, target: Any, padded: bool) -> np.void:
+def _struct(source: Any, target: Any, padded: bool) -> np.ndarray:
     # the kernel reads along its axis C, the source's fastest, and writes along R or C, the target's fastest
     shape = target.shape
     read, write = _fastest(source), _fastest(target)
@@ -80,7 +80,7 @@ def _struct(source: Any, target: Any, padded: bool) -> np.void:
     s["rows"], s["columns"] = ((source if padded else target).shape[axis] for axis in (row, read))
     s["along_r"] = read != write
     s["parts"] = math.prod(shape[axis] for axis in others) * -(-shape[row] // TILE) * -(-shape[read] // TILE)
-    return s[()]
+    return s
 
 
 def _fastest(array: Any) -> int:

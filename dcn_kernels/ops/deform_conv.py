@@ -92,9 +92,6 @@ def deform_conv2d(
     float32 (float64 for float64 inputs) also for half-precision arrays. A NaN coordinate makes its sample NaN;
     an infinite one is outside.
 
-    On a GPU the matrix products are cuBLAS's through CuPy, which refuses them while a stream is captured in a CUDA
-    graph: a RuntimeError.
-
     Examples
     --------
     >>> import numpy as np

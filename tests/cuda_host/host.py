@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from dcn_kernels.cuda import compile
-from dcn_kernels.cuda.device import batch_stride, leading, shared_bytes_of_a_block
+from dcn_kernels.cuda.device import shared_bytes_of_a_block
 
 FOLDER = Path(__file__).parent
 SANITIZERS = {
@@ -191,25 +191,6 @@ class HostDevice:
             self.launched.append((stem, kernel))
 
         return start
-
-    @staticmethod
-    def matmul(
-        a: np.ndarray, b: np.ndarray, out: np.ndarray, *, tf32: bool = False, accumulate: bool = False, op: str
-    ) -> None:
-        for matrix in (a, b, out):  # what cuBLAS would refuse is refused here
-            leading(matrix)
-            batch_stride(matrix)
-        assert not leading(out)[0]
-        assert a.dtype == b.dtype
-        left, right = (_tf32(x) if tf32 else x.astype(np.float64) for x in (a, b))
-        with np.errstate(all="ignore"):
-            product = left @ right
-            out[...] = product + out.astype(np.float64) if accumulate else product
-
-
-def _tf32(matrix: np.ndarray) -> np.ndarray:
-    """What the matrix units read of float32: they ignore the low 13 bits."""
-    return (matrix.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32).astype(np.float64)
 
 
 def call(entry: Any, blocks: int, threads: int, args: tuple[Any, ...]) -> None:
