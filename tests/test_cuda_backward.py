@@ -281,13 +281,23 @@ def test_every_workspace_gives_the_same(library: Library) -> None:
 # ---------------------------------------------------------------- what the stand-in counts
 
 
+class Aligned(HostDevice):
+    """Memory begins where a sector does, as a GPU's."""
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        memory = super().empty((nbytes + 256,), np.uint8)
+        start = -memory.ctypes.data % 256
+        return memory[start : start + nbytes].view(dtype).reshape(shape)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("wrt", [("input", "offset", "mask"), ("weight",)], ids=["data", "weight"])
 def test_no_bank_conflicts(library: Library, dtype: str, wrt: tuple[str, ...]) -> None:
     """In every access of shared memory through the wrappers; and corners are whole sectors."""
     arrays, params = case(Shape(1, 128, 8, 16, 128), dtype)
     traced = Library(library.cache, trace=True)
-    device = HostDevice(traced, multiprocessors=1)
+    device = Aligned(traced, multiprocessors=1)
     accesses.read(traced)
     deform_conv2d_backward(**arrays, **params, wrt=wrt, device=device)
     table = accesses.read(traced)
