@@ -92,7 +92,7 @@ def deform_conv2d(
             x, own_offset, own_y = input[chunk.images], offset[chunk.images], y[chunk.images]
             own_mask = None if mask is None else mask[chunk.images]
         if chunk.copy is not None:
-            jobs = (weight, matrix, matrix[1] if chunk.splits else None) if chunk.packs else ()
+            jobs: tuple[Any, ...] = (weight, matrix, matrix[1] if chunk.splits else None) if chunk.packs else ()
             if stage is not None:
                 jobs += (x, stage, None)
             chunk.copy(chunk.copy_blocks, (*jobs, *[None] * (3 * staging.COPIES - len(jobs)), chunk.copy_struct))
@@ -242,19 +242,23 @@ def _flags(flags: Flags, tile: product.Tile, body: product.Body) -> tuple[Flags,
 
 
 def variants(capability: tuple[int, int]) -> Iterator[Flags]:
-    """Builds of every row of the table; with its last row, of every mix of types and way to load."""
+    """Builds of every row of the table, and of every way to load and mix of types, the hardest in the first row.
+
+    bfloat16 differs from float16 in the words of a few instructions: of it the first row alone is checked.
+    """
     for name, c_types in all_types():
-        dtype = np.dtype(DTYPES[name])
+        dtype, most = np.dtype(DTYPES[name]), widths(name)[-1]
+        one_type = c_types["offset_t"] == c_types["mask_t"] == c_types["scalar_t"]
         precisions = ("float32", "ieee", "tf32") if name == "float32" else ("float32",)
         for body in dict.fromkeys(product.body(dtype, precision, capability) for precision in precisions):
-            most = widths(name)[-1]
-            plain_types = c_types["offset_t"] == c_types["mask_t"] == c_types["scalar_t"]
-            for tile in product.fitting(body, dtype, True, capability)[:: 1 if plain_types else -1]:
-                yield _flags({**c_types, "VEC": most, "WIDE": True}, tile, body)[0]
-                if not plain_types:
-                    break
-            if plain_types:
-                for VEC in widths(name):
-                    for WIDE in (False, True):
-                        if (most, True) != (VEC, WIDE):
-                            yield _flags({**c_types, "VEC": VEC, "WIDE": WIDE}, tile, body)[0]
+            tiles = product.fitting(body, dtype, True, capability)
+            if name == "bfloat16" or not one_type:
+                tiles = tiles[:1] if one_type else tiles[-1:]
+            builds = [(tile, most, True) for tile in tiles]
+            if one_type and name != "bfloat16" and body.name != "tf32":
+                builds += [(tiles[0], VEC, False) for VEC in widths(name)]
+                builds += [(tiles[-1], VEC, True) for VEC in widths(name)[:-1]]
+            for tile, VEC, WIDE in builds:
+                if not one_type and (c_types["offset_t"] == c_types["scalar_t"] or c_types["mask_t"] == "float"):
+                    continue  # of the mixes one: how the coordinates are read does not touch the main loop
+                yield _flags({**c_types, "VEC": VEC, "WIDE": WIDE}, tile, body)[0]

@@ -102,14 +102,13 @@ def shared_bytes(tile: Tile, dtype: np.dtype, split: bool, wide: bool) -> int:
 
 
 def fitting(body: Body, dtype: np.dtype, wide: bool, capability: tuple[int, int]) -> list[Tile]:
-    """The rows that a block's shared memory takes. float64 has twice the registers of sums: no 128 x 128."""
-    return [
-        tile
-        for tile in FORWARD
-        if tile.body == body.name
-        and shared_bytes(tile, dtype, body.split, wide) <= shared_bytes_of_a_block(capability)
-        and not (dtype == np.float64 and tile.BN > 64)
-    ]
+    """The rows that fit, of each size of tile the first. float64 has twice the registers of sums: no 128 x 128."""
+    found: dict[tuple[int, int], Tile] = {}
+    for tile in FORWARD:
+        fits = shared_bytes(tile, dtype, body.split, wide) <= shared_bytes_of_a_block(capability)
+        if tile.body == body.name and fits and not (dtype == np.float64 and tile.BN > 64):
+            found.setdefault((tile.BM, tile.BN), tile)
+    return list(found.values())
 
 
 def choose(tiles: list[Tile], pixels: int, outputs: int, groups: int, multiprocessors: int) -> Tile:
