@@ -291,6 +291,7 @@ KERNEL(weight_gradient, THREADS)
     };
     using sampler_type = sampler_t<BK, PANELS, true>;
     sampler_type sampler;
+    constexpr int UNROLLED = VEC > 1 ? sampler_type::COUNT : 1;  // channel by channel that takes a minute to compile
     auto load = [&](int i, int chunk) {
       sampler.load(i, samples, places + chunk % 2 * CHUNK_PLACES, skip, (first_chunk + chunk) * BK, group, at);
     };
@@ -309,7 +310,7 @@ KERNEL(weight_gradient, THREADS)
     }
     __syncthreads();  // the places of the first chunks are there
     if (chunks > 0) {
-#pragma unroll
+#pragma unroll UNROLLED
       for (int i = 0; i < sampler_type::COUNT; i++) {
         load(i, 0);
         blend(i, 0);
@@ -331,15 +332,19 @@ KERNEL(weight_gradient, THREADS)
 #pragma unroll
       for (int step = 0; step < 4; step++) {
         const int first = step * sampler_type::AT_ONCE, last = first + sampler_type::AT_ONCE;
-        if (chunk + 1 < chunks) {
+        if (VEC > 1 && chunk + 1 < chunks) {
 #pragma unroll
           for (int i = first; i < last && i < sampler_type::COUNT; i++) load(i, chunk + 1);
         }
         multiply_pixels(part, memory + stage * A_BYTES, B + chunk % 2 * B_BYTES, step);
-        if (chunk + 1 < chunks) {
+        if (VEC > 1 && chunk + 1 < chunks) {
 #pragma unroll
           for (int i = first; i < last && i < sampler_type::COUNT; i++) blend(i, chunk + 1);
         }
+      }
+      if (VEC == 1 && chunk + 1 < chunks) {
+#pragma unroll UNROLLED
+        for (int i = 0; i < sampler_type::COUNT; i++) blend(i, chunk + 1);
       }
 #if SPLIT
       sums.add(part);

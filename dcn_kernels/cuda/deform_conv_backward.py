@@ -401,7 +401,7 @@ def _matrix(weight: Layout, shape: tuple[int, ...], groups: int, depthwise: bool
         of_group, tap = O // groups, width * padded * itemsize
         source = (groups, of_group, width, KH, KW), (step_o * of_group, step_o, step_c, step_y, step_x)
         target = (groups, padded, width, KH, KW), (KH * KW * tap, itemsize, padded * itemsize, KW * tap, tap)
-    return Layout(*source, weight.dtype), Layout(*target, weight.dtype)
+    return Layout(source[0], source[1], weight.dtype), Layout(target[0], target[1], weight.dtype)
 
 
 def shared_bytes(tile: Tile, dtype: np.dtype, split: bool, WIDE: bool) -> tuple[int, int]:

@@ -146,6 +146,7 @@ class HostDevice:
         self.schedule, self.seed, self.multiprocessors = schedule, seed, multiprocessors
         self.allocated: list[int] = []
         self.launched: list[tuple[str, str]] = []
+        self.flags: list[compile.Flags] = []  # of the kernels asked for
 
     @property
     def vector_atomics(self) -> bool:
@@ -183,6 +184,7 @@ class HostDevice:
         self, stem: str, kernel: str, flags: compile.Flags, threads: int, *, shared_bytes: int = 0, op: str
     ) -> Callable[[int, tuple[Any, ...]], None]:
         assert shared_bytes <= shared_bytes_of_a_block(self.capability)
+        self.flags.append(flags)
 
         def start(blocks: int, args: tuple[Any, ...]) -> None:
             entry = self.library.kernel(stem, flags, kernel)
