@@ -375,7 +375,7 @@ def under_every_schedule(library: Library, line: str = "", instead: str = "") ->
     if line:
         assert honest(KERNEL).count(line) == 1, f"{KERNEL}.cu has changed: {line!r}"
         compile.source = lambda stem: honest(stem).replace(line, instead)
-    large, small = layer("float16", 2, 72, 9, 140, taps=4), layer("float16", 1, 1, 5, 1, taps=1, special=False)
+    large, small = layer("float16", 3, 72, 9, 140, taps=4), layer("float16", 1, 1, 5, 1, taps=1, special=False)
     small["mask"][..., 1::2] = np.inf
     assert np.isinf(wanted(small)).any()
     for arrays in (small, large):

@@ -8,7 +8,8 @@
 #include "sampled_tiles.cuh"
 
 #define PLACES (WIDE ? TAPS * BM : 0)              // kept at a time
-#define OUT_ROW (BM * int(sizeof(scalar_t)) + 16)  // bytes, of the output tile [BN][BM]; 16 more against bank conflicts
+// bytes of a row of the output tile [BN][BM]: with 16 or 32 more, what a warp stores lies in all banks
+#define OUT_ROW (BM * int(sizeof(scalar_t)) + (sizeof(scalar_t) == 8 ? 32 : 16))
 #define TILE_BYTES (2 * A_BYTES + STAGES * B_BYTES)
 #define LARGER(a, b) ((a) > (b) ? (a) : (b))
 static_assert(LARGER(TILE_BYTES, BN * OUT_ROW) + PLACES * int(sizeof(place_t)) == SHARED_BYTES, "as the launcher says");

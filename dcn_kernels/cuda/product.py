@@ -97,7 +97,7 @@ def shared_bytes(tile: Tile, dtype: np.dtype, split: bool, wide: bool) -> int:
     """What a block of `deform_conv_forward` takes; checked when it is compiled."""
     parts, places = (2 if split else 1), (64 if dtype == np.float64 else 32) * tile.TAPS * tile.BM
     tiles = (2 * tile.BM + tile.STAGES * tile.BN) * ROW_BYTES * parts
-    outputs = tile.BN * (tile.BM * dtype.itemsize + PIECE_BYTES)
+    outputs = tile.BN * (tile.BM * dtype.itemsize + (32 if dtype == np.float64 else 16))
     return max(tiles, outputs) + places * wide
 
 
