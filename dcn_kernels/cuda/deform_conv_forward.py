@@ -256,7 +256,7 @@ def variants(capability: tuple[int, int]) -> Iterator[Flags]:
                 tiles = tiles[:1] if one_type else tiles[-1:]
             builds = [(tile, most, True) for tile in tiles]
             if one_type and name != "bfloat16" and body.name != "tf32":
-                builds += [(tiles[0], VEC, False) for VEC in widths(name)]
+                builds += [(product.fitting(body, dtype, False, capability)[0], VEC, False) for VEC in widths(name)]
                 builds += [(tiles[-1], VEC, True) for VEC in widths(name)[:-1]]
             for tile, VEC, WIDE in builds:
                 if not one_type and (c_types["offset_t"] == c_types["scalar_t"] or c_types["mask_t"] == "float"):

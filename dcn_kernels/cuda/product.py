@@ -102,11 +102,15 @@ def shared_bytes(tile: Tile, dtype: np.dtype, split: bool, wide: bool) -> int:
 
 
 def fitting(body: Body, dtype: np.dtype, wide: bool, capability: tuple[int, int]) -> list[Tile]:
-    """The rows that fit, of each size of tile the first. float64 has twice the registers of sums: no 128 x 128."""
+    """The rows that fit, of each size of tile the first.
+
+    Registers allow float64 no more than 64 outputs a block, and 128 a sampler that computes its own places.
+    """
+    most = 64 if dtype == np.float64 else 256 if wide else 128
     found: dict[tuple[int, int], Tile] = {}
     for tile in FORWARD:
         fits = shared_bytes(tile, dtype, body.split, wide) <= shared_bytes_of_a_block(capability)
-        if tile.body == body.name and fits and not (dtype == np.float64 and tile.BN > 64):
+        if tile.body == body.name and tile.BN <= most and fits:
             found.setdefault((tile.BM, tile.BN), tile)
     return list(found.values())
 
