@@ -31,11 +31,11 @@ test: $(INSTALLED) ## All tests but the slow ones (TEST_ARGS='-m slow' runs thos
 
 # Whoever needs a build of torch other than the package index's installs it into .venv first: it is kept.
 $(VENV)/.frameworks: $(INSTALLED)
-	$(BIN)/python -m pip install --quiet $(FRAMEWORKS)
+	$(BIN)/python -m pip install --quiet $(FRAMEWORKS) --editable '.[test,fake-gpu]'
 	@touch $@
 
 # The files whose tests are left out for want of a package say so in these words.
-test-frameworks: $(VENV)/.frameworks ## Install PyTorch, JAX, scikit-learn and ONNX, and run the tests that `make test` leaves out without them
+test-frameworks: $(VENV)/.frameworks ## Install PyTorch, JAX, scikit-learn, ONNX and CuPy, and run the tests that `make test` leaves out without them
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(TEST_ARGS) $$(grep -l 'is not installed"' tests/test_*.py)
 
 $(VENV)/.linters: $(INSTALLED)

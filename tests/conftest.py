@@ -46,7 +46,7 @@ def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
     yield
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     skips = [str(report.longrepr) for report in reporter.stats.get("skipped", [])] if reporter else []
-    lacks = re.compile(r"(test_\w+\.py).*Skipped: (torch|jax|sklearn|onnx) is not installed")
+    lacks = re.compile(r"(test_\w+\.py).*Skipped: (torch|jax|sklearn|onnx\w*|CuPy) is not installed")
     left_out = [found.groups() for found in map(lacks.search, skips) if found]
     if left_out:
         files, packages = (", ".join(sorted(set(names))) for names in zip(*left_out, strict=True))

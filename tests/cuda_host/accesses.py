@@ -85,8 +85,15 @@ def _warp_accesses(log: np.ndarray) -> list[np.ndarray]:
 def _passes(lanes: np.ndarray) -> tuple[int, int]:
     """Of shared memory: lanes are served 32, 16 or 8 at once (4, 8 or 16 bytes each), a bank gives a word a pass."""
     size = int(lanes["bytes"][0])
-    together = 8 if size == 16 else 16 if size == 8 else 32
     passes = least = 0
+    if size > 16:  # the compiler makes accesses of 16 bytes of it
+        for start in range(0, size, 16):
+            part = lanes.copy()
+            part["address"] += np.uint64(start)
+            part["bytes"] = 16
+            passes, least = passes + (found := _passes(part))[0], least + found[1]
+        return passes, least
+    together = 8 if size == 16 else 16 if size == 8 else 32
     for _, some in itertools.groupby(lanes, key=lambda lane: int(lane["thread"]) % 32 // together):
         words = {int(lane["address"]) // 4 + i for lane in some for i in range(max(1, size // 4))}
         passes += max(Counter(word % BANKS for word in words).values())

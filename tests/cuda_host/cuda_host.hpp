@@ -127,13 +127,14 @@ T add_atomically(T* to, T value) {
   return bits_as<T>(old);
 }
 
-// Calls a kernel with arguments as cuLaunchKernel takes them: one pointer to each. `sizes` are the caller's, checked.
+// Calls a kernel with arguments as cuLaunchKernel takes them: one pointer to each. `sizes` are the caller's, checked;
+// null where the caller knows no more than cuLaunchKernel does.
 template <typename... P, size_t... I>
 void launch(const char* name, void (*kernel)(P...), unsigned blocks, unsigned threads, void** arguments,
             const size_t* sizes, size_t count, std::index_sequence<I...>) {
   constexpr size_t expected[] = {sizeof(P)...};
-  if (count != sizeof...(P)) fail("a launch with the wrong number of arguments", int(count));
-  for (size_t i = 0; i < count; i++)
+  if (sizes && count != sizeof...(P)) fail("a launch with the wrong number of arguments", int(count));
+  for (size_t i = 0; sizes && i < count; i++)
     if (sizes[i] != expected[i]) fail("a launch with an argument of the wrong size", int(i));
   auto bound = std::make_tuple(kernel, *static_cast<std::remove_const_t<P>*>(arguments[I])...);
   run(
