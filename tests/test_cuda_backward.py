@@ -334,7 +334,7 @@ FAULTS = {
     "sums of an offset group not carried": (
         "deform_conv_backward", "if (og * per_og < channel) {", "if (false) {", 3, "float16"),
     "spots of the first offset group for all": (
-        "deform_conv_backward", "wide && spots_of != first_og", "wide && spots_of < 0", 2, "float16"),
+        "deform_conv_backward", "wide && spots_of != first_og", "wide && spots_of < 0", "groups", "float16"),
     "places of the next chunks not found": (
         "deform_conv_backward", "if (chunk + 2 < chunks) find_places(chunk + 2);", "", "long", "float16"),
     "places overwritten": (
