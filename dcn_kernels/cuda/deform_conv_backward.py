@@ -436,6 +436,11 @@ def build_flags(flags: Flags, tile: Tile, body: Body, capability: tuple[int, int
     return {**flags, **sizes, **macros, "VECTOR_ATOMICS": has_vector_atomics(capability)}, (data, weight)
 
 
+def dynamic_shared_bytes(kernel: str, flags: Flags) -> int:
+    """What a launch of a kernel asks for."""
+    return {"data_gradients": flags["DATA_BYTES"], "weight_gradient": flags["WEIGHT_BYTES"]}[kernel]
+
+
 def variants(capability: tuple[int, int]) -> Iterator[Flags]:
     """Builds of every row of the table, and of every way to load and mix of types: those that the forward has too."""
     for name, c_types in all_types():
