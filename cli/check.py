@@ -271,8 +271,8 @@ def _formatted(suffix: str, text: str, columns: list[str], shown: list[list[str]
 def kernels(archs: tuple[str, ...], as_json: bool, detail: bool, wide: bool) -> None:
     """Compile every CUDA kernel with NVRTC and list its registers, spills and memory. Needs no GPU.
 
-    With --detail also the blocks that a multiprocessor holds and the instructions of the main loop, counted in the
-    machine code.
+    With --detail also the blocks that a multiprocessor holds and, of the main loop, the instructions counted in the
+    machine code, the cycles that each unit takes for them by estimate, and the unit that bounds it.
 
     Exit codes: 0 all compile without a spill, 1 otherwise, 3 NVRTC or, with --detail, nvdisasm is not installed.
 
@@ -303,12 +303,12 @@ def kernels(archs: tuple[str, ...], as_json: bool, detail: bool, wide: bool) -> 
     columns: tuple[str, ...] = ("kernel", "dtype", "flags", "arch")
     numbers: tuple[str, ...] = ("registers", "spill_bytes", "shared_bytes", "stack_bytes")
     numbers += ("threads", "blocks") if detail else ()
-    columns += (*numbers, *(("loop",) if detail else ()))
+    columns += (*numbers, *(("bound", "cycles", "loop") if detail else ()))
     if as_json:
         console.say_json(rows)
     else:
         cells = [[_shown(row[column]) for column in columns] for row in rows]
-        folded = [c for c in columns if c in ("flags", "loop")]
+        folded = [c for c in columns if c in ("flags", "cycles", "loop")]
         first = [c for c in columns if c not in folded]
         console.table("", columns, cells, numbers, first=first, folded=folded, wide=wide)
     spills = [row for row in rows if row["spill_bytes"]]

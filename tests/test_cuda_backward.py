@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from cuda_host import accesses
 from cuda_host.host import SCHEDULES, HostDevice, Library, missing
 
 from dcn_kernels.check.calls import relative_error, tolerance
-from dcn_kernels.cuda import compile, deform_conv_backward
+from dcn_kernels.cuda import compile
 from dcn_kernels.cuda.deform_conv_backward import deform_conv2d_backward
 from dcn_kernels.dtypes import DTYPES, HALVES
 from dcn_kernels.reference.deform_conv import deform_conv2d_backward as reference
@@ -158,8 +159,6 @@ def test_tiles_of_a_gpu_give_the_same(library: Library, dtype: str) -> None:
     shape = Shape(1, 136, 9, 16, 136, kernel=(1, 2), padding=(0, 1))
     arrays, params = case(shape, dtype)
     device = HostDevice(library, schedule="warps", multiprocessors=1)
-    layouts = [tile.BM for tile in deform_conv_backward.BACKWARD]
-    assert max(layouts) == 128
     check(device, arrays, params)
     assert any("-DBM=128" in text for text in _flags_of(device)), "or this test would tell nothing of them"
 
@@ -218,6 +217,29 @@ def test_plan_is_looked_up(library: Library, monkeypatch: pytest.MonkeyPatch) ->
     assert np.allclose(got["mask"], 2 * want["mask"], rtol=1e-4, atol=1e-4)
 
 
+def test_host_time_of_a_repeated_call_is_under_80_us(library: Library) -> None:
+    """Of the library's own Python, the best of many: the driver and the memory pool are left out."""
+
+    class Idle(HostDevice):
+        def function(self, *_: Any, **__: Any) -> Any:
+            return lambda blocks, args: None
+
+        def empty(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+            return np.empty(shape, dtype)
+
+        @staticmethod
+        def clear(array: np.ndarray) -> None:
+            pass
+
+    arrays, params = case(SHAPES[0], "float32")
+    device, times = Idle(library), []
+    for _ in range(300):
+        begin = time.perf_counter()
+        deform_conv2d_backward(**arrays, **params, wrt=names(arrays), device=device)
+        times.append(time.perf_counter() - begin)
+    assert min(times) < 80e-6
+
+
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[15]], ids=["product", "depthwise"])
 def test_weight_and_bias_are_repeatable_without_being_asked(library: Library, shape: Shape) -> None:
     """Their sums are split over the pixels, and the splits added up in order."""
@@ -227,8 +249,6 @@ def test_weight_and_bias_are_repeatable_without_being_asked(library: Library, sh
     for i, schedule in enumerate(SCHEDULES):
         device = HostDevice(library, schedule=schedule, seed=i)
         runs.append(deform_conv2d_backward(**arrays, **params, wrt=("weight", "bias"), device=device))
-    plan = deform_conv_backward._plan.cache_info()
-    assert plan.currsize > 0
     assert all(np.array_equal(run[name], runs[0][name]) for run in runs for name in run)
     check(device, arrays, params)
 
@@ -334,7 +354,7 @@ FAULTS = {
     "sums of an offset group not carried": (
         "deform_conv_backward", "if (og * per_og < channel) {", "if (false) {", 3, "float16"),
     "spots of the first offset group for all": (
-        "deform_conv_backward", "wide && spots_of != first_og", "wide && spots_of < 0", 2, "float16"),
+        "deform_conv_backward", "wide && spots_of != first_og", "wide && spots_of < 0", "groups", "float16"),
     "places of the next chunks not found": (
         "deform_conv_backward", "if (chunk + 2 < chunks) find_places(chunk + 2);", "", "long", "float16"),
     "places overwritten": (
@@ -367,9 +387,13 @@ FAULTS = {
     "depthwise: no barrier before pixels are summed up": (
         "depthwise_backward", "__syncthreads();  // every pixel's part is there", "", 14, "float16"),
     "depthwise: no barrier before the sums are overwritten": (
-        "depthwise_backward", "__syncthreads();  // the sums are used up", "", 14, "float16"),
+        "depthwise_backward", "__syncthreads();  // the sums are used up", "", 15, "float16"),
 }  # fmt: skip
-MORE_SHAPES = {"long": Shape(1, 64, 18, 19, 40, kernel=(1, 2)), "images": Shape(5, 24, 7, 6, 12)}
+MORE_SHAPES = {
+    "long": Shape(1, 64, 18, 19, 40, kernel=(1, 2)),
+    "images": Shape(5, 24, 7, 6, 12),
+    "groups": Shape(1, 256, 4, 4, 8, kernel=(1, 1), padding=(0, 0), OG=2),
+}
 
 
 def layer_is_right(library: Library, nth: int | str, dtype: str) -> bool:
@@ -380,7 +404,7 @@ def layer_is_right(library: Library, nth: int | str, dtype: str) -> bool:
         params["workspace_bytes"] = 40_000
     for schedule in SCHEDULES:
         try:
-            check(HostDevice(library, schedule=schedule, max_blocks=2), arrays, params)
+            check(HostDevice(library, schedule=schedule, max_blocks=1), arrays, params)
         except AssertionError:
             return False
     return True

@@ -67,6 +67,16 @@ def test_blocks_of_a_multiprocessor(arch: str, threads: int, registers: int, sha
     assert machine_code.blocks_per_multiprocessor(arch, threads, registers, shared) == blocks
 
 
+def test_cycles_of_a_turn_are_those_of_its_instructions() -> None:
+    loop = {"matrix": 2, "ldmatrix": 4, "shared load, 8 bytes": 1, "integer and other": 10, "branch": 1}
+    assert machine_code.cycles("sm_80", 256, loop) == {
+        "issue": 36.0,  # 18 instructions of 8 warps by 4 schedulers
+        "matrix units": 32.0,  # 2 x 8 / 4 x 8
+        "shared memory and L1": 144.0,  # 8 x (4 x 512 + 256) bytes / 128
+        "integer units": 40.0,  # at half the rate
+    }
+
+
 def test_machine_code_of_a_kernel_is_read() -> None:
     try:
         program, nvrtc = machine_code.disassembler(), compile.NVRTC()
@@ -74,7 +84,7 @@ def test_machine_code_of_a_kernel_is_read() -> None:
         pytest.skip(str(error))
     rows = machine_code._read(program, nvrtc, "staging", compile.variants("staging", (9, 0))[0], "sm_90")
     assert [row["kernel"] for row in rows] == ["staging.copy"]
-    assert rows[0]["threads"] == 256 and rows[0]["blocks"] >= 2
+    assert rows[0]["threads"] == 256 and rows[0]["blocks"] >= 2 and rows[0]["bound"] in (*rows[0]["cycles"], "none")
 
 
 def test_without_a_disassembler_the_command_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,6 +114,35 @@ def _main_loop(text: str) -> dict[str, int]:
     return dict(Counter(map(instruction_class, best)).most_common())
 
 
+# Cycles that one multiprocessor's unit takes for an instruction of one warp, estimated from NVIDIA's data sheets and
+# tuning guides: four schedulers issue an instruction a cycle each, of integers one in two cycles; shared memory and the
+# first-level cache move 128 bytes a cycle together. mma.sync on sm_90 reaches about 63 % of the peak by published
+# measurements; on sm_86, sm_89 and sm_120 a matrix unit has half the width of sm_80's or sm_100's with float32 sums.
+MATRIX_CYCLES = {"sm_80": 8.0, "sm_86": 16.0, "sm_89": 16.0, "sm_90": 6.4, "sm_100": 6.4, "sm_120": 16.0}
+BYTES_A_CYCLE = 128
+
+
+def cycles(arch: str, threads: int, loop: dict[str, int]) -> dict[str, float]:
+    """Unit -> the cycles that a block's turn of the loop keeps it busy; the largest bounds. By estimate.
+
+    Memory beyond the first-level cache is left out: its traffic depends on the layer.
+    """
+    warps, moved = threads / WARP, 0
+    for kind, count in loop.items():
+        width = re.search(r"(\d+) bytes", kind)
+        if width and kind.startswith(("shared", "global")):
+            moved += count * WARP * int(width[1])
+        elif kind in ("ldmatrix", "copy to shared"):
+            moved += count * WARP * 16
+    found = {
+        "issue": sum(loop.values()) * warps / 4,
+        "matrix units": loop.get("matrix", 0) * warps / 4 * MATRIX_CYCLES.get(arch, 8.0),
+        "shared memory and L1": moved * warps / BYTES_A_CYCLE,
+        "integer units": loop.get("integer and other", 0) * warps / 4 * 2,
+    }
+    return {unit: round(count, 1) for unit, count in found.items()}
+
+
 def blocks_per_multiprocessor(arch: str, threads: int, registers: int, shared_bytes: int) -> int:
     """How many blocks of a kernel a multiprocessor holds; 0: none fits."""
     if shared_bytes > (SHARED_KB[arch] - 1) * 1024:
@@ -138,7 +167,8 @@ def check_machine_code(
     list of dict
         One per kernel, flags and architecture: what `check_kernels` gives (`shared_bytes` with what the launch asks
         for), `threads` of a block, `blocks` of a multiprocessor, `loop` (class of instruction -> how many a turn of
-        the main loop has).
+        the main loop has), `cycles` (unit -> how long such a turn keeps it busy, by estimate) and `bound` (the
+        unit with most of them).
 
     Raises
     ------
@@ -186,4 +216,6 @@ def _read(program: str, nvrtc: compile.NVRTC, stem: str, flags: compile.Flags, a
         row["shared_bytes"] += asked(name, flags) if asked else 0
         row["blocks"] = blocks_per_multiprocessor(arch, row["threads"], row["registers"], row["shared_bytes"])
         row["loop"] = found.get(name, {})
+        row["cycles"] = cycles(arch, row["threads"], row["loop"])
+        row["bound"] = max(row["cycles"], key=lambda unit: row["cycles"][unit]) if row["loop"] else "none"
     return rows

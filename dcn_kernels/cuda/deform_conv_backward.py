@@ -436,18 +436,26 @@ def build_flags(flags: Flags, tile: Tile, body: Body, capability: tuple[int, int
     return {**flags, **sizes, **macros, "VECTOR_ATOMICS": has_vector_atomics(capability)}, (data, weight)
 
 
+def dynamic_shared_bytes(kernel: str, flags: Flags) -> int:
+    """What a launch of a kernel asks for."""
+    return {"data_gradients": flags["DATA_BYTES"], "weight_gradient": flags["WEIGHT_BYTES"]}[kernel]
+
+
 def variants(capability: tuple[int, int]) -> Iterator[Flags]:
-    """Builds of every row of the table; with its last row, of every mix of types and way to load."""
+    """Builds of every row of the table, and of every way to load and mix of types: those that the forward has too."""
     for name, c_types in all_types():
-        dtype = np.dtype(DTYPES[name])
+        dtype, most = np.dtype(DTYPES[name]), widths(name)[-1]
+        one_type = c_types["offset_t"] == c_types["mask_t"] == c_types["scalar_t"]
         precisions = ("float32", "ieee", "tf32") if name == "float32" else ("float32",)
-        plain_types = c_types["offset_t"] == c_types["mask_t"] == c_types["scalar_t"]
         for body in dict.fromkeys(product.body(dtype, precision, capability) for precision in precisions):
-            most, tiles = widths(name)[-1], fitting(body, dtype, True, capability)
-            for tile in tiles if plain_types else tiles[-1:]:
-                yield build_flags({**c_types, "VEC": most, "WIDE": True}, tile, body, capability)[0]
-            for VEC in widths(name) if plain_types else ():
-                for WIDE in (False, True):
-                    if (most, True) != (VEC, WIDE):
-                        flags = {**c_types, "VEC": VEC, "WIDE": WIDE}
-                        yield build_flags(flags, tiles[-1], body, capability)[0]
+            tiles = fitting(body, dtype, True, capability)
+            if name == "bfloat16" or not one_type:
+                tiles = tiles[:1] if one_type else tiles[-1:]
+            builds = [(tile, most, True) for tile in tiles]
+            if one_type and name != "bfloat16" and body.name != "tf32":
+                builds += [(tiles[0], VEC, False) for VEC in widths(name)]
+                builds += [(tiles[-1], VEC, True) for VEC in widths(name)[:-1]]
+            for tile, VEC, WIDE in builds:
+                if not one_type and (c_types["offset_t"] == c_types["scalar_t"] or c_types["mask_t"] == "float"):
+                    continue  # of the mixes one: how the coordinates are read does not touch the main loop
+                yield build_flags({**c_types, "VEC": VEC, "WIDE": WIDE}, tile, body, capability)[0]

@@ -241,6 +241,11 @@ def _flags(flags: Flags, tile: product.Tile, body: product.Body) -> tuple[Flags,
     return {**flags, **tile.flags(), **macros}, shared
 
 
+def dynamic_shared_bytes(kernel: str, flags: Flags) -> int:
+    """What a launch of the kernel asks for."""
+    return flags["SHARED_BYTES"]
+
+
 def variants(capability: tuple[int, int]) -> Iterator[Flags]:
     """Builds of every row of the table, and of every way to load and mix of types, the hardest in the first row.
 
