@@ -4,9 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TEST_ARGS ?= -m 'not slow'
-FRAMEWORKS ?= torch jax scikit-learn onnx
+FRAMEWORKS ?= torch jax scikit-learn onnx onnxscript onnxruntime
 
-.PHONY: help setup profile test test-frameworks lint clean
+.PHONY: help setup profile test test-frameworks test-torchvision lint clean
 
 help: ## What can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -38,6 +38,15 @@ $(VENV)/.frameworks: $(INSTALLED)
 test-frameworks: $(VENV)/.frameworks ## Install PyTorch, JAX, scikit-learn, ONNX and CuPy, and run the tests that `make test` leaves out without them
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(TEST_ARGS) $$(grep -l 'is not installed"' tests/test_*.py)
 
+# torchvision works with the build of torch that it was made for alone, so neither goes into .venv.
+$(VENV)-torchvision/.installed: $(INSTALLED)
+	$(BIN)/python -m venv $(VENV)-torchvision
+	$(VENV)-torchvision/bin/python -m pip install --quiet --editable . pytest torch torchvision
+	@touch $@
+
+test-torchvision: $(VENV)-torchvision/.installed ## PyTorch with torchvision in an environment of their own (6 GB): its detectors with our layers
+	$(VENV)-torchvision/bin/python -m pytest tests/test_torchvision.py
+
 $(VENV)/.linters: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@
@@ -48,7 +57,7 @@ lint: $(VENV)/.linters ## ruff and mypy
 	$(BIN)/mypy
 
 clean: ## Remove the virtual environment and all caches
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-torchvision build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 -include gpu.mk

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import click
 from click.core import ParameterSource
 from dcn_kernels.cli import console
+from dcn_kernels.cli.capture import capture
 from dcn_kernels.cli.cost import cost
 from dcn_kernels.cli.sampling import sampling
 
@@ -25,8 +26,8 @@ RESULTS = "bench_results"  # of published records; one's own are in its folder "
 def main() -> None:
     """Time the operators on the layer shapes of published networks. Results go to stdout, progress to stderr.
 
-    Exit codes: 0 done, 1 a result was wrong or too slow, 2 wrong usage, 3 a backend that was asked for is not
-    available, 130 interrupted (what was measured is kept).
+    Exit codes: 0 done, 1 a result was wrong or too slow, 2 wrong usage, 3 a backend or peer that was asked for
+    could not run (the rest was measured and kept), 130 interrupted (what was measured is kept).
 
     \b
     Examples:
@@ -115,7 +116,7 @@ def profile(
       dcn-bench profile --against torchvision=/path/to/venv/bin/python --against torch=/path/to/venv/bin/python
       dcn-bench profile --filter '^resnet' --csv --no-save > rows.csv
     """
-    from dcn_kernels.bench import inputs, layers, profiling, record, spot_checks
+    from dcn_kernels.bench import inputs, profiling, record, spot_checks
     from dcn_kernels.environment import available, blas, why_not
     from dcn_kernels.ops.registry import OPS
 
@@ -129,9 +130,9 @@ def profile(
     for option, values in (("layer", names), ("op", ops), ("direction", directions), ("backend", backends),
                            ("dtype", dtypes), ("threads", threads), ("offsets", offsets)):  # fmt: skip
         for value in values:
-            if values.count(value) > 1:  # type: ignore[arg-type]
+            if values.count(value) > 1:
                 console.fail(f"--{option}: {value} is named twice")
-    if offsets and not any(profiling.has_offsets(OPS[layer["op"]]) for layer in chosen.values()):
+    if offsets and not any(OPS[layer["op"]].has_offsets for layer in chosen.values()):
         console.fail("--offsets: none of the operators has offsets")
     if output and Path(output).suffix not in record.FORMATS:
         console.fail(f"--output: expected a name that ends in {', '.join(record.FORMATS)}, got {output!r}")
@@ -147,16 +148,10 @@ def profile(
     if threads and "cpu" not in backends and not peers:
         console.fail("--threads: expected the CPU backend or a peer")
     _refuse_what_memory_does_not_hold(chosen, dtypes)
-    for layer_name, layer in chosen.items():
-        try:
-            inputs.make_inputs(layers.cut(layer, channels=False), "zero", "float32", seed)
-        except ValueError as error:
-            console.fail(f"layer {layer_name}: {error}")
     rows: list[dict[str, Any]] = []
     versions: dict[str, str] = {}
     interrupted = False
     failure = ""
-    settings = profiling.Settings()
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     warned: set[str] = set()
 
@@ -165,17 +160,18 @@ def profile(
             warned.add(message)
             console.warn(message)
 
-    try:
+    settings = profiling.Settings(
+        directions or inputs.DIRECTIONS, dtypes or ("float32",), backends, offsets or ("smooth", "random"),
+        None, seed, budget, reuse,
+    )  # fmt: skip
+
+    def measured() -> Iterator[dict[str, Any]]:
         for count in threads or (None,):
-            settings = profiling.Settings(
-                directions or inputs.DIRECTIONS, dtypes or ("float32",), backends, offsets or ("smooth", "random"),
-                count, seed, budget, reuse,
-            )  # fmt: skip
             with console.progress("profile") as report, _running(peers, count, versions) as running:
-                for row in profiling.profile(chosen, settings, running, report, warn):
-                    rows.append(row)
-    except KeyboardInterrupt:
-        interrupted = True
+                yield from profiling.profile(chosen, replace(settings, threads=count), running, report, warn)
+
+    try:
+        interrupted = console.until_interrupted(measured(), rows)
     except spot_checks.Mismatch as error:
         failure = f"wrong result, not timed: {error}"
     except MemoryError as error:
@@ -194,6 +190,9 @@ def profile(
         console.fail(failure, console.FAILED)
     if not rows:
         console.fail("nothing was measured", console.FAILED)
+    ran = {name for row in rows for name in row["against"]}
+    if idle := [name for name in dict.fromkeys(spec.partition("=")[0] for spec in peers) if name not in ran]:
+        console.fail(f"--against: not measured: {', '.join(idle)}", console.UNAVAILABLE)
 
 
 def _alone(option: str, *beside: str) -> None:
@@ -392,7 +391,7 @@ def env_command(as_json: bool, wide: bool) -> None:
     from dcn_kernels.bench import peers
 
     commit, dirty = environment.commit()
-    found = {
+    found: dict[str, Any] = {
         "device": environment.device(),
         "versions": environment.versions(),
         "commit": commit,
@@ -407,6 +406,8 @@ def env_command(as_json: bool, wide: bool) -> None:
     if as_json:
         console.say_json(found)
         return
+    if not commit:  # installed, not a checkout
+        del found["commit"], found["dirty"]
     rows = []
     for section, value in found.items():
         if isinstance(value, dict):
@@ -425,10 +426,10 @@ def env_command(as_json: bool, wide: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print only JSON.")
 @console.WIDE
 def compare(old: str, new: str, fail_above: float | None, as_json: bool, wide: bool) -> None:
-    """Compare two records row by row: faster, slower, same or unsure, from the samples' spread.
+    """Compare two records row by row: faster, slower, same or unsure, from how the samples vary.
 
     The interval is a 95 % bootstrap interval of the ratio of medians; "same" lies within 3 % of 1, and fewer than five
-    samples are "unsure". What the machine did besides in all of one run is not in the samples' spread. With
+    samples are "unsure". What the machine did besides in all of one run does not show in the samples. With
     --fail-above a row fails where it is slower and its ratio is above RATIO.
 
     \b
@@ -547,5 +548,6 @@ def readme(folder: str) -> None:
         console.write(str(beside), record.with_gpus(beside.read_text(encoding="utf-8"), records))
 
 
+main.add_command(capture)
 main.add_command(cost)
 main.add_command(sampling)

@@ -139,18 +139,13 @@ def gradients(
         "ops": ops, "arguments": arguments, "dtypes": dtypes or DTYPES, "backends": chosen, "seed": seed,
     }  # fmt: skip
     rows: list[Any] = []
-    interrupted = False
     with console.progress("self-test" if self_test else "gradients") as report:
         table: Iterable[Any]
         if self_test:
             table = planted_faults.self_test(**common, progress=report)
         else:
             table = gradcheck.check_gradients(**common, mode=mode, progress=report)
-        try:
-            for row in table:
-                rows.append(row)
-        except KeyboardInterrupt:
-            interrupted = True
+        interrupted = console.until_interrupted(table, rows)
     if self_test:
         names = ("op", "argument", "dtype", "backend", "fault", "status")
         shown = [[*(getattr(row, name) for name in names), ", ".join(row.caught_by) or row.reason] for row in rows]
@@ -202,14 +197,9 @@ def backends(
 
     chosen = _checked(ops, backends, output)
     rows: list[Any] = []
-    interrupted = False
     with console.progress("backends") as report:
         table = gradcheck.check_backends(ops=ops, dtypes=dtypes or DTYPES, backends=chosen, seed=seed, progress=report)
-        try:
-            for row in table:
-                rows.append(row)
-        except KeyboardInterrupt:
-            interrupted = True
+        interrupted = console.until_interrupted(table, rows)
     columns = ["operator", "result", *_COLUMNS[2:7], "worst index", "got", "reference", "worst case"]
     _finish(rows, columns, [_cells(row) for row in rows], as_json, wide, output, interrupted, {"seed": seed})
 

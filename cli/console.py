@@ -10,7 +10,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -62,6 +62,16 @@ def as_json(value: Any) -> str:
 def say_json(value: Any) -> None:
     """A result on stdout as JSON."""
     say(as_json(value))
+
+
+def until_interrupted(source: Iterable[Any], kept: list[Any]) -> bool:
+    """Append all that comes to a list, until Ctrl-C at the latest; whether that is what ended it."""
+    try:
+        for item in source:
+            kept.append(item)
+    except KeyboardInterrupt:
+        return True
+    return False
 
 
 class Command(click.Command):

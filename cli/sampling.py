@@ -67,9 +67,9 @@ def sampling(
 ) -> None:
     """Show where deformable filters look: a picture of their sampling points, and numbers of each layer's offsets.
 
-    The numbers: mean and spread of the effective dilation (Table 2 of the paper) of the filters whose offsets are all
-    finite, and how many are not; how many points touch no pixel of the input, NaNs and infinities, and how far points
-    move, in pixels of the layer's input.
+    The numbers: mean and standard deviation of the effective dilation (Table 2 of the paper) of the filters whose
+    offsets are all finite, and how many are not; how many points touch no pixel of the input, NaNs and infinities,
+    and how far points move, in pixels of the layer's input.
 
     In the picture the frame is where a filter reads something: points beyond it are outside. A point of an upper
     layer is followed to the nearest filter beneath; where there is none, the points below it are called cut off.
@@ -207,7 +207,7 @@ def _numbers(
     import numpy as np
 
     from dcn_kernels import effective_dilation, offset_statistics
-    from dcn_kernels.deformation.dilation_classes import mean_and_spread
+    from dcn_kernels.deformation.dilation_classes import mean_and_deviation
 
     rows: list[dict[str, Any]] = []
     for name, layer, size in zip(names, layers, sizes, strict=True):
@@ -215,7 +215,7 @@ def _numbers(
             with np.errstate(invalid="ignore"):  # infinities and NaNs are counted, not warned of
                 found = offset_statistics(input_size=size, **layer, quantiles=(0.5, 0.95, 1.0))
                 if _as_pair(layer["kernel_size"]) != (1, 1):
-                    found["effective_dilation"] = mean_and_spread(effective_dilation(**layer))
+                    found["effective_dilation"] = mean_and_deviation(effective_dilation(**layer))
         except (ValueError, TypeError) as error:
             console.fail(f"{name}: {error}")
         rows.append({"layer": name, **found})
@@ -227,8 +227,8 @@ def _numbers(
     cells = []
     for found in rows:
         of = found.get("effective_dilation")
-        spread = [f"{of['mean']:.2f} +- {of['std']:.2f}", str(of["not_finite"])] if of else ["", ""]
+        dilation = [f"{of['mean']:.2f} +- {of['std']:.2f}", str(of["not_finite"])] if of else ["", ""]
         shares = [f"{100 * found[key]:.1f} %" for key in ("outside", "outside_without_offsets")]
         lengths = [f"{length:.2f}" for length in found["length"].values()]
-        cells.append([found["layer"], *spread, *shares, str(found["nan"]), str(found["infinite"]), *lengths])
+        cells.append([found["layer"], *dilation, *shares, str(found["nan"]), str(found["infinite"]), *lengths])
     console.table("", columns, cells, right=columns[1:], wide=wide)

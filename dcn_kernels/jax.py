@@ -28,6 +28,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -39,6 +40,7 @@ from dcn_kernels.dispatch import shapes
 from dcn_kernels.dispatch.call import check_values, parameters_for, public
 from dcn_kernels.dispatch.call import function as backend_function
 from dcn_kernels.dispatch.row import Op
+from dcn_kernels.ops.recording import Array, Recording
 
 if not hasattr(jax, "ffi"):
     raise ImportError(f"dcn_kernels.jax: expected a JAX with jax.ffi (0.5 or newer), got JAX {jax.__version__}")
@@ -271,7 +273,7 @@ def _call(
     text = json.dumps(what, default=lambda value: value.item())  # a NumPy number
     function = jax.ffi.ffi_call(TARGET, results, vmap_method="sequential")
     axes = frozenset().union(*map(_varying, arrays.values()))
-    return [_vary(result, axes) for result in function(*arrays.values(), call=text)]  # XLA's do not say it themselves
+    return [_vary(result, axes) for result in function(*arrays.values(), call=text)]  # ffi_call's results lack the mark
 
 
 @lru_cache(maxsize=1024)
@@ -290,7 +292,7 @@ def _differentiable(op: Op, names: tuple[str, ...], params_text: str) -> Callabl
 
     def forward(*primals: Any) -> Any:
         values = [primal.value for primal in primals]
-        # Which gradients are needed is known here: kept as the keys of a dict, which are no arrays.
+        # Only here is it known which gradients are needed. Names cannot be residuals, but can be the keys of one.
         needed = {name: () for name, p in zip(names, primals, strict=True) if p.perturbed and name in op.differentiable}
         return function(*values), (values, needed)
 
@@ -347,6 +349,8 @@ def _function_of(op: Op) -> Callable[..., Any]:
         arrays = _vary_alike(arrays)
         params = {name: value for name, value in bound.arguments.items() if name not in op.arrays}
         op.parameters(params)
+        for recording in _RECORDINGS:
+            recording.add(op.name, {n: Array(tuple(a.shape), str(a.dtype)) for n, a in arrays.items()}, params)
         text = json.dumps(params, default=lambda value: value.item())
         return _differentiable(op, tuple(arrays), text)(*arrays.values())
 
@@ -375,14 +379,53 @@ def disabled_checks() -> list[Any]:
     >>> float(exported.call(image, offset).sum())
     9.0
     """
-    from jax import export  # a module of its own, which jax does not load by itself
+    from jax import export  # not loaded by `import jax`
 
     return [export.DisabledSafetyCheck.custom_call(TARGET)]
 
 
+_RECORDINGS: list[Recording] = []
+
+
+@contextmanager
+def record_layers(path: str | Path | None = None) -> Iterator[Recording]:
+    """Note every call of these functions, within: a function under `jax.jit` once each time that it is traced.
+
+    Of each: the operator, its sizes, dtype and options, and how often it was called. How far offsets reach is not known
+    while a function is traced, so the layers have no `spread`.
+
+    Parameters
+    ----------
+    path : str or Path, optional
+        Where the layers are written at the end, also after an exception, for ``dcn-bench profile --shapes``.
+
+    Yields
+    ------
+    Recording
+        `toml()` is what is written, `calls` what was seen so far.
+
+    Examples
+    --------
+    >>> import jax
+    >>> from dcn_kernels.jax import offset_sample2d, record_layers
+    >>> with record_layers() as recording:
+    ...     _ = jax.jit(offset_sample2d)(jax.numpy.ones((1, 2, 3, 3)), jax.numpy.zeros((1, 2, 3, 3)))
+    >>> print(recording.toml().splitlines()[2])
+    [layers."offset_sample2d 1"]
+    """
+    recording = Recording()
+    _RECORDINGS.append(recording)
+    try:
+        yield recording
+    finally:
+        _RECORDINGS.remove(recording)
+        if path is not None:
+            recording.write(path)
+
+
 _FUNCTIONS = {name: _function_of(op) for name, op in dcn_kernels.OPS.items()}
 globals().update(_FUNCTIONS)
-__all__ = ["disabled_checks", *_FUNCTIONS]
+__all__ = ["disabled_checks", "record_layers", *_FUNCTIONS]
 
 
 def __getattr__(name: str) -> Callable[..., Any]:

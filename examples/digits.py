@@ -9,6 +9,11 @@ Needs torch and scikit-learn, and matplotlib for the picture.
 
 import argparse
 import math
+import sys
+from importlib.util import find_spec
+
+if missing := [name for name in ("torch", "sklearn") if find_spec(name) is None]:
+    sys.exit(f"digits.py needs {' and '.join(missing)}: pip install torch scikit-learn (and matplotlib for --picture)")
 
 import numpy as np
 import torch
@@ -94,6 +99,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two seeds, few epochs: for the tests")
     parser.add_argument("--picture", help="file to draw into")
     options = parser.parse_args()
+    if options.picture and find_spec("matplotlib") is None:
+        parser.error("--picture needs matplotlib: pip install matplotlib")
     torch.set_num_threads(1)  # the layers are small, and waiting threads would take the cores from our own
     digits = load_digits()
     order = np.random.default_rng(0).permutation(len(digits.images))

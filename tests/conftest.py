@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner, Result
 
 import dcn_kernels
 from dcn_kernels.check.calls import BACKENDS, relative_error, to_backend, to_numpy, tolerance
+from dcn_kernels.check.gradients import not_written
 from dcn_kernels.dispatch.call import module_of, public
 from dcn_kernels.dispatch.row import Op, Sample
 from dcn_kernels.dtypes import DTYPES
@@ -87,6 +89,21 @@ def cast(sample: Sample, op: Op, dtype: str, coordinates: str | None = None) -> 
     }
 
 
+def invoked(main: Any, *arguments: str) -> Result:
+    """A command in this process; a traceback fails the test."""
+    result = CliRunner().invoke(main, list(arguments))
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def one_line(result: Result, code: int) -> str:
+    """A usage error: this exit code, one line on stderr, nothing on stdout."""
+    assert result.exit_code == code, result.output
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1 and result.stdout == "", result.output
+    return lines[0]
+
+
 def cases() -> list[Any]:
     """(row, sample) for every sample of every row."""
     return [
@@ -109,6 +126,13 @@ def has_kernels(op: Op) -> bool:
     return find_spec(f"{op.package}.cuda") is not None and find_spec(module_of(op, "cuda")) is not None
 
 
+def skip_without_kernels(request: pytest.FixtureRequest) -> None:
+    """Leave out a test of a row that has no CUDA file."""
+    params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    if "op" in params and not has_kernels(params["op"]):
+        pytest.skip(not_written(params["op"], "cuda"))
+
+
 # test_ops.py says which backends are left out here, and why; the others leave them out without a word. `reference` and
 # `cpu` always run: where they do not, that is a failure.
 RUNNING = [name for name in BACKENDS if name != "cuda" or not why_not(name)]
@@ -117,7 +141,6 @@ RUNNING = [name for name in BACKENDS if name != "cuda" or not why_not(name)]
 @pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.cuda] if name == "cuda" else []) for name in RUNNING])
 def backend(request: pytest.FixtureRequest) -> Backend:
     """Each backend that runs here, in turn."""
-    op = request.node.callspec.params.get("op")
-    if request.param == "cuda" and op is not None and not has_kernels(op):
-        pytest.skip(f"cuda: no {op.name} yet")
+    if request.param == "cuda":
+        skip_without_kernels(request)
     return Backend(request.param)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import re
 import runpy
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
+from conftest import invoked, one_line
 from dcn_kernels.cli.bench import main
 
 import dcn_kernels.cpu.deform_conv as cpu_deform_conv
@@ -31,19 +32,7 @@ SMALL = "C=8,H=9,W=10,O=8"
 QUICK = ("profile", "--shape", SMALL, "--offsets", "random", "--budget", "0.01", "--threads", "1")
 
 
-def run(*arguments: str) -> Result:
-    """The command in this process; a traceback fails the test."""
-    result = CliRunner().invoke(main, list(arguments))
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result
-
-
-def one_line(result: Result, code: int) -> str:
-    """A usage error: this exit code, one line on stderr, nothing on stdout."""
-    assert result.exit_code == code, result.output
-    lines = result.stderr.strip().splitlines()
-    assert len(lines) == 1 and result.stdout == "", result.output
-    return lines[0]
+run = functools.partial(invoked, main)
 
 
 @pytest.fixture(autouse=True)
@@ -301,10 +290,10 @@ def test_a_layer_larger_than_memory_is_one_line_and_1(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("name", layers.LAYERS)
 def test_the_memory_of_a_layer_is_that_of_its_arrays(name: str) -> None:
-    small = layers.cut(layers.LAYERS[name], channels=False)
+    small = layers.cut(layers.LAYERS[name])
     inputs = make_inputs(small, "random", "float32", 0)
     kept = sum(a.size for a in inputs.sample.arrays.values()) + inputs.grad_output.size
-    assert layers.memory(small, 4) == pytest.approx(16 * kept, rel=0.01)  # bias is not counted
+    assert layers.memory(small, 4) == 16 * kept
 
 
 @pytest.mark.parametrize("sizes", ["N=1000000000,C=64,H=56,W=56,O=64", "1x64x56x56:64:1x65536,padding=40000",
@@ -320,12 +309,16 @@ def test_sizes_that_memory_does_not_hold_are_refused_before_anything_is_allocate
     assert "layer mine: timing it takes" in one_line(run("profile", "--shapes", "layers.toml", "--no-save"), 2)
 
 
-def test_sizes_that_just_fit_are_tried_on_few_channels() -> None:
-    """Whether sizes agree is found out without the layer's arrays."""
+def test_a_small_check_has_a_slab_of_channels_and_the_layer_s_remainder_in_every_group() -> None:
     layer = layers.parse("deform_conv2d", "1x1920000x64x64:3000000:1x1,groups=96,offset_groups=64,padding=0")
-    small = layers.cut(layer, channels=False)
-    assert small["C"] == 960 and small["O"] == 960
-    assert layers.cut(layers.LAYERS["rfcn-psroi"], channels=False)["C"] % 49 == 0
+    small = layers.cut(layer)
+    assert small["C"] == 16 * 192 and small["O"] == (16 + 3_000_000 // 96 % 16) * 96
+    assert layers.cut(layers.LAYERS["A"])["C"] == 16
+    assert layers.cut(layers.LAYERS["rfcn-psroi"])["C"] == (16 + 21 % 16) * 49
+    classes = layers.parse("deform_ps_roi_pool", "1x2058x38x63,classes=21")
+    assert (
+        layers.cut(classes)["C"] == 2 * 21 * 49 and spot_checks.check_small(classes, "random", "float32", "cpu", 0) <= 1
+    )
 
 
 def test_shapes_are_named_by_their_sizes_and_may_be_short(tmp_path: Path) -> None:
@@ -337,8 +330,9 @@ def test_shapes_are_named_by_their_sizes_and_may_be_short(tmp_path: Path) -> Non
     assert rows[0]["shape"] == "N=2,C=8,H=9,W=10,O=8,kernel=3x3,padding=2x2"
     for layer in layers.LAYERS.values():
         again = layers.parse(layer["op"], layers.named(layer))
-        assert {k: again[k] for k in layers.DEFAULTS} == {k: layer[k] for k in layers.DEFAULTS}
-        assert [again[k] for k in "CHW"] == [layer[k] for k in "CHW"] and again.get("O") == layer.get("O")
+        assert {k: again[k] for k in OPS[layer["op"]].layer_sizes} == {
+            k: layer[k] for k in OPS[layer["op"]].layer_sizes
+        }
     (tmp_path / "layers.toml").write_text('[layers.mine]\nsizes = "2x8x9x10:8:3x3"\npadding = 2\n')
     assert layers.named(layers.read_toml("layers.toml")["mine"]) == "2x8x9x10:8:3x3,padding=2x2"
 
@@ -389,6 +383,16 @@ def test_env_says_why_a_backend_is_missing() -> None:
     assert found["backends"]["cuda"] == (why_not("cuda") or "available")
     assert found["blas"]["name"] and found["threads"] >= 1
     assert run("env").exit_code == 0
+
+
+@pytest.mark.parametrize("commit", [("", False), ("0123abc", True)])
+def test_env_names_the_commit_of_a_checkout_and_none_where_there_is_none(
+    commit: tuple[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "commit", lambda: commit)
+    found = json.loads(run("env", "--json").stdout)
+    assert (found["commit"], found["dirty"]) == commit
+    assert ("commit" in run("env").stdout) == bool(commit[0])
 
 
 def test_spread_gives_the_paper_s_effective_dilation() -> None:
@@ -509,9 +513,12 @@ def test_a_missing_peer_is_named_with_how_to_get_it() -> None:
     result = run(
         *QUICK, "--no-save", "--direction", "forward", "--against", "tvdcn=/nowhere/python", "--against", "paddle"
     )
-    assert result.exit_code == 0
+    assert result.exit_code == 3 and result.stdout, (
+        "what was measured is shown, and the exit code says that not all was"
+    )
     assert "tvdcn is left out: cannot run /nowhere/python" in result.stderr
     assert "pip install paddlepaddle" in result.stderr
+    assert result.stderr.endswith("error: --against: not measured: tvdcn, paddle\n")
 
 
 def test_a_peer_of_a_row_on_the_gpu_is_timed_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import pkgutil
+import re
 import shutil
 import subprocess
 import sys
@@ -30,6 +31,8 @@ print(dcn_kernels.deform_conv2d(image, offset, np.ones((1, 1, 1, 1), np.float32)
 """
 WEIGHT = "(one - ly) * (one - lx) * factor"  # of the corner above and to the left, in compiled code
 EDITED = "(one + one) * " + WEIGHT
+# What whoever waits for a first call reads: what happens, about how long, and that it is kept.
+COMPILES = r"dcn_kernels compiles deform_conv\.\w+ for this processor, about 2 to 12 seconds, once, and keeps it in .*"
 
 
 def run(folder: Path) -> np.ndarray:
@@ -45,6 +48,8 @@ def run(folder: Path) -> np.ndarray:
     assert done.returncode == 0, done.stderr
     where, result = done.stdout.splitlines()
     assert Path(where).parent.parent == folder
+    for line in done.stderr.splitlines():
+        assert re.fullmatch(COMPILES, line), line
     return np.array(eval(result)).reshape(4, 4)
 
 
@@ -70,11 +75,11 @@ def test_an_inner_function_has_no_machine_code_of_its_own() -> None:
     """It is optimised and assembled inside the kernels that call it, once; called from Python it would crash."""
 
     @jit.inner
-    def twice(x):  # type: ignore[no-untyped-def]
+    def twice(x):
         return 2 * x
 
     @jit.kernel
-    def worker(x):  # type: ignore[no-untyped-def]
+    def worker(x):
         return twice(x) + 1
 
     assert worker(20) == 41
@@ -100,12 +105,12 @@ def work(x):
 
 
 @pytest.fixture
-def load(tmp_path: Path, monkeypatch):  # type: ignore[no-untyped-def]
+def load(tmp_path: Path, monkeypatch):
     """Import a module anew, as a new process would, with its cache beside it."""
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     path = tmp_path / "mill.py"
 
-    def load(text: str = MODULE):  # type: ignore[no-untyped-def]
+    def load(text: str = MODULE):
         path.write_text(text)
         spec = importlib.util.spec_from_file_location("mill", path)
         assert spec is not None
@@ -144,10 +149,17 @@ def damage_folder_in_its_place(path: Path) -> None:
     path.mkdir()
 
 
+def damage_unreadable(path: Path) -> None:
+    """Whoever reads it: of a file without permissions the superuser reads all the same."""
+    path.unlink()
+    path.symlink_to(path)
+
+
 @pytest.mark.parametrize(
-    "damage", [damage_truncate, damage_empty, damage_random, damage_one_bit, damage_folder_in_its_place]
+    "damage",
+    [damage_truncate, damage_empty, damage_random, damage_one_bit, damage_folder_in_its_place, damage_unreadable],
 )
-def test_a_damaged_file_is_compiled_again(damage, load, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_a_damaged_file_is_compiled_again(damage, load, tmp_path: Path) -> None:
     assert load().work(20) == 41
     (path,) = kept(tmp_path)
     damage(path)
@@ -157,8 +169,8 @@ def test_a_damaged_file_is_compiled_again(damage, load, tmp_path: Path) -> None:
     assert len(again.work.stats.cache_hits) == (0 if path.is_dir() else 1)
 
 
-def test_a_kernel_that_cannot_be_kept_works(load, tmp_path: Path, monkeypatch, caplog) -> None:  # type: ignore[no-untyped-def]
-    def full(self, path):  # type: ignore[no-untyped-def]
+def test_a_kernel_that_cannot_be_kept_works(load, tmp_path: Path, monkeypatch, caplog) -> None:
+    def full(self, path):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(jit._Files, "_open_for_write", full)
@@ -167,7 +179,71 @@ def test_a_kernel_that_cannot_be_kept_works(load, tmp_path: Path, monkeypatch, c
     assert not kept(tmp_path)
 
 
-def test_what_is_kept_is_named_by_the_code_that_was_compiled(load, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+FULL = """
+import logging, resource, signal, sys
+logging.basicConfig(level=logging.WARNING, stream=sys.stdout)
+import mill
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # the write ends within the file, as on a disk that is full
+print("result", mill.work(20))
+"""
+
+
+def process(folder: Path, code: str) -> subprocess.Popen[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "NUMBA_CACHE_DIR"}
+    command = [sys.executable, "-B", "-c", code]
+    return subprocess.Popen(command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files as POSIX systems do")
+def test_a_disk_that_is_full_half_way_leaves_no_half_file(tmp_path: Path) -> None:
+    (tmp_path / "mill.py").write_text(MODULE)
+    said = process(tmp_path, FULL).communicate()[0]
+    assert "result 41" in said
+    assert "work cannot be kept in" in said
+    assert not kept(tmp_path)
+    assert process(tmp_path, "import mill; print(mill.work(20))").communicate()[0] == "41\n"
+    assert len(kept(tmp_path)) == 1
+
+
+def test_a_folder_that_vanishes_is_made_again_or_done_without(load, tmp_path: Path) -> None:
+    module = load()
+    shutil.rmtree(tmp_path / "__pycache__")
+    assert module.work(20) == 41
+    shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
+    assert module.work(20.0) == 41.0
+    module = load()
+    shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
+    (tmp_path / "__pycache__").write_text("a file in its place")
+    assert module.work(20) == 41
+
+
+def test_six_processes_at_once_on_an_empty_folder(tmp_path: Path) -> None:
+    (tmp_path / "mill.py").write_text(MODULE)
+    six = [process(tmp_path, "import mill; print(mill.work(20))") for _ in range(6)]
+    assert [each.communicate()[0] for each in six] == ["41\n"] * 6
+    assert len(kept(tmp_path)) == 1
+    assert len(list((tmp_path / "__pycache__").iterdir())) == 1, "what was being written is left behind"
+    hits = "import mill; print(mill.work(20), sum(mill.work.stats.cache_hits.values()))"
+    assert process(tmp_path, hits).communicate()[0] == "41 1\n"
+
+
+def test_an_upgrade_and_a_rollback_under_running_processes(load, tmp_path: Path) -> None:
+    upgraded = MODULE.replace("FACTOR = 2", "FACTOR = 3")
+    for compile_first in (False, True):
+        old = load()
+        if compile_first:
+            assert old.work(20) == 41
+        new = load(upgraded)
+        assert new.work(20) == 61  # throws away what is kept of the old
+        assert old.work(20) == 41  # and the other way about, where it had not been compiled
+        assert load(upgraded).work(20) == 61
+        assert load().work(20) == 41  # rolled back
+        assert new.work(20.0) == 61.0  # the upgraded process goes on, with another type
+        assert old.work(20.0) == 41.0
+        assert load().work(20.0) == 41.0
+
+
+def test_what_is_kept_is_named_by_the_code_that_was_compiled(load, tmp_path: Path) -> None:
     """The file may say something else by the time that what was loaded of it is compiled."""
     edited = load(MODULE.replace("FACTOR = 2", "FACTOR = 3"))
     (tmp_path / "mill.py").write_text(MODULE)  # restored before anything is compiled

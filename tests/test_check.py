@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import inspect
 import json
 import shlex
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
+from conftest import invoked, one_line
 from dcn_kernels.cli.check import main
 
 import dcn_kernels.cpu.deform_conv as cpu_deform_conv
@@ -25,20 +26,7 @@ from dcn_kernels.dtypes import DTYPES
 from dcn_kernels.environment import why_not
 from dcn_kernels.ops.registry import OPS
 
-
-def run(*arguments: str) -> Result:
-    """The command in this process; a traceback fails the test."""
-    result = CliRunner().invoke(main, list(arguments))
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result
-
-
-def one_line(result: Result, code: int) -> str:
-    """A usage error: this exit code, one line on stderr, nothing on stdout."""
-    assert result.exit_code == code, result.output
-    lines = result.stderr.strip().splitlines()
-    assert len(lines) == 1 and result.stdout == "", result.output
-    return lines[0]
+run = functools.partial(invoked, main)
 
 
 # ---------------------------------------------------------------- what it finds

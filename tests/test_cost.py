@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from dcn_kernels.cli.bench import main
 
 from dcn_kernels.bench import ceiling, layers, network_cost
-from dcn_kernels.bench.network_cost import Layer, Measured, Network, measure, networks, resnet101
+from dcn_kernels.bench.network_cost import Measured, Network, NetworkLayer, measure, networks, resnet101
 
 # ---------------------------------------------------------------- parameters and arithmetic
 
@@ -51,7 +51,7 @@ def test_r_fcn_adds_what_the_paper_says() -> None:
 
 @pytest.mark.parametrize(("added", "beyond"), [(0.05e6, 0.0), (0.3e6, 0.1), (0.0, 0.0), (2.35e6, 2.15)])
 def test_beyond_rounding_by_hand(added: float, beyond: float) -> None:
-    layer = Layer("", "offsets", int(added))
+    layer = NetworkLayer("", "offsets", int(added))
     network = Network("", (1, 1), (layer,), (10.0, 10.1), (1, 1))
     assert network.beyond_rounding() == pytest.approx(beyond, abs=1e-9)
     network = Network("", (1, 1), (layer,), (10.0, 13.0), (1, 1))
@@ -66,7 +66,7 @@ def test_totals_stay_below_the_paper_s_by_what_is_told() -> None:
 
 
 def test_arithmetic_of_a_product_and_of_a_deformable_layer_by_hand() -> None:
-    assert Layer("", "shared", count=3, product=(2, 5, 7)).gflop() == pytest.approx(2e-9 * 3 * 2 * 5 * 7)
+    assert NetworkLayer("", "shared", count=3, product=(2, 5, 7)).gflop() == pytest.approx(2e-9 * 3 * 2 * 5 * 7)
     by_name = {(layer.name, layer.part): layer for layer in networks()["R-FCN"].layers}
     plain, moved = (by_name["res5a 3x3", part].gflop() for part in ("plain", "deformable"))
     assert plain == pytest.approx(2e-9 * 512 * 512 * 9 * 38 * 63)
@@ -96,9 +96,9 @@ def test_the_class_aware_rpn_has_no_3x3_layer_before_its_scores() -> None:
 
 def test_measure_times_products_and_operators() -> None:
     call = layers.layer("deform_conv2d", N=1, C=8, H=10, W=12, O=8, kernel=3, padding=2, dilation=2)
-    product = Layer("b", "shared", count=1, product=(8, 16, 32))
-    thrice = Layer("c", "shared", count=3, product=(8, 16, 32))
-    moved, one, three = measure([Layer("a", "deformable", call=call), product, thrice], budget=0.01)
+    product = NetworkLayer("b", "shared", count=1, product=(8, 16, 32))
+    thrice = NetworkLayer("c", "shared", count=3, product=(8, 16, 32))
+    moved, one, three = measure([NetworkLayer("a", "deformable", call=call), product, thrice], budget=0.01)
     assert moved.how == "deform_conv2d" and moved.milliseconds > 0 and moved.temporary_bytes
     assert moved.result_bytes == 8 * 10 * 12 * 4
     assert three.milliseconds == pytest.approx(3 * one.milliseconds) and one.milliseconds > 0
@@ -176,10 +176,10 @@ def _tiny() -> Network:
     """A product that both have, a plain one, and in its place an operator and the product that makes its offsets."""
     call = layers.layer("deform_conv2d", N=1, C=8, H=6, W=5, O=8, kernel=3, padding=1)
     parts = (
-        Layer("before", "shared", 64, 2, (8, 8, 30)),
-        Layer("filter", "plain", 576, product=(8, 72, 30)),
-        Layer("filter", "deformable", 576, call=call),
-        Layer("offsets", "offsets", 1314, product=(18, 72, 30)),
+        NetworkLayer("before", "shared", 64, 2, (8, 8, 30)),
+        NetworkLayer("filter", "plain", 576, product=(8, 72, 30)),
+        NetworkLayer("filter", "deformable", 576, call=call),
+        NetworkLayer("offsets", "offsets", 1314, product=(18, 72, 30)),
     )
     return Network("DeepLab", (6, 5), parts, (46.0, 46.1), (0.084, 0.088))
 
@@ -213,7 +213,7 @@ def test_cost_shows_ratios_and_says_what_was_not_measured(monkeypatch: pytest.Mo
     """Times and memory of 2 + 1 plain and 2 + 4 + 3 deformable; once without the memory of the products."""
     times = {"before": 2.0, "filter": 1.0, "offsets": 3.0}
 
-    def measured(temporary: int | None, chosen: list[Layer], **more: Any) -> list[Measured]:
+    def measured(temporary: int | None, chosen: list[NetworkLayer], **more: Any) -> list[Measured]:
         return [
             Measured(4.0, "deform_conv2d", 2_000_000, 7_000_000)
             if layer.call
@@ -240,7 +240,7 @@ def test_cost_shows_ratios_and_says_what_was_not_measured(monkeypatch: pytest.Mo
 
 
 def test_an_interrupted_cost_keeps_the_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
-    def measured(chosen: list[Layer], **more: Any) -> list[Measured]:
+    def measured(chosen: list[NetworkLayer], **more: Any) -> list[Measured]:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(network_cost, "measure", measured)

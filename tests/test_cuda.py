@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import has_kernels
 from cuda_host import primitives, small_calls
 
 from dcn_kernels import OPS, deform_conv2d, deform_conv2d_backward, offset_sample2d_backward
@@ -112,7 +113,7 @@ def regions(op: Op, N: int = 2, dtype: Any = np.float32) -> tuple[dict[str, Any]
     return {name: cupy.asarray(array.astype(dtype)) for name, array in arrays.items() if name in op.arrays}, params
 
 
-ROI_OPS = [pytest.param(op, id=op.name) for op in OPS.values() if "rois" in op.arrays]
+ROI_OPS = [pytest.param(op, id=op.name) for op in OPS.values() if "rois" in op.arrays and has_kernels(op)]
 
 
 @pytest.mark.parametrize("op", ROI_OPS)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dcn_kernels.bench import clocks, record
+from dcn_kernels.bench import clocks, gpu_ceiling, record
 
 CACHE = 50 << 20
 
@@ -138,3 +138,28 @@ def test_record_shows_cold_times_and_starts_where_there_are_some() -> None:
         columns, rows, _ = record.cells({"rows": [row | {"cold_ms": cold, "start_ms": start}]})
         shown = dict(zip(columns, rows[0], strict=True))
         assert (shown.get("cold ms"), shown.get("start ms")) == ((None, None) if cold is None else ("1.25", "0.125"))
+
+
+def test_a_gpu_s_ceiling_is_of_the_products_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    multiplied = []
+
+    class Clock:
+        def milliseconds(self, run: Any) -> float:
+            run()
+            return 2.0
+
+    def array(shape: Any, dtype: Any) -> SimpleNamespace:
+        return SimpleNamespace(shape=shape, dtype=dtype, nbytes=1 << 28, copy=lambda: None)
+
+    def matmul(a: Any, b: Any, c: Any) -> None:
+        multiplied.append((a.shape, b.shape, c.shape, a.dtype, c.dtype))
+
+    cupy = SimpleNamespace(uint8=np.uint8, ones=array, empty=array, matmul=matmul)
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr(gpu_ceiling, "CudaClock", Clock)
+    found = gpu_ceiling.measure("bfloat16", ((3, 5, 6, 7), (1, 2, 3, 4)))
+    assert found == {"gflops": 4096**3 / 1e6, "gbytes_s": (1 << 28) / 1e6, "products_ms": [6.0, 2.0]}
+    assert ((5, 6), (6, 7), (5, 7), "float16", "float16") in multiplied  # CuPy multiplies no bfloat16
+    multiplied.clear()
+    assert gpu_ceiling.products_ms("float32", ((1, 2, 3, 4),)) == [2.0]
+    assert set(multiplied) == {((2, 3), (3, 4), (2, 4), "float32", "float32")}

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import pytest
 import test_properties
-from conftest import Backend, assert_close, has_kernels
+from conftest import Backend, assert_close, has_kernels, skip_without_kernels
 from cuda_host import primitives, small_calls
 from cuda_host.host import SCHEDULES, HostDevice, Library, call, missing
 from hypothesis import given, settings
@@ -33,7 +33,7 @@ import dcn_kernels
 from dcn_kernels.check.calls import output_shape, reduction_length, relative_error, tolerance
 from dcn_kernels.cuda import compile
 from dcn_kernels.dispatch import arrays as _arrays
-from dcn_kernels.dispatch.call import function, parameters_for
+from dcn_kernels.dispatch.call import function, module_of, parameters_for
 from dcn_kernels.dispatch.row import Op, Sample
 from dcn_kernels.dtypes import DTYPES, HALVES
 from dcn_kernels.ops.deform_conv import BORDERS, DEFORM_CONV2D
@@ -59,8 +59,9 @@ def device(library: Library) -> HostDevice:
 
 
 @pytest.fixture
-def backend(device: HostDevice, monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:
+def backend(device: HostDevice, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Backend]:
     """The kernels as a backend that the public functions take by name."""
+    skip_without_kernels(request)
     install(device, monkeypatch)
     yield Backend(NAME)
 
@@ -71,12 +72,13 @@ def install(device: HostDevice, monkeypatch: pytest.MonkeyPatch, **options: Any)
     for op in dcn_kernels.OPS.values():
         if not has_kernels(op):
             continue
-        path = f"dcn_kernels.{NAME}.{op.module}"
+        path = module_of(op, NAME)
         module = sys.modules.get(path, ModuleType(path))
-        launcher = import_module(f"dcn_kernels.cuda.{op.module}")
+        launcher = import_module(module_of(op, "cuda"))
         for name in (op.name, f"{op.name}_backward"):
             setattr(module, name, functools.partial(getattr(launcher, name), device=device, **options))
-        monkeypatch.setitem(sys.modules, f"dcn_kernels.{NAME}", ModuleType(f"dcn_kernels.{NAME}"))
+        folder = path.removesuffix(f".{op.module}")
+        monkeypatch.setitem(sys.modules, folder, ModuleType(folder))
         monkeypatch.setitem(sys.modules, path, module)
 
 

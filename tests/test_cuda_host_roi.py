@@ -12,7 +12,7 @@ import pytest
 import test_cuda_host as host
 import test_properties
 import test_roi_pool
-from conftest import Backend
+from conftest import Backend, has_kernels
 from cuda_host.host import SCHEDULES, HostDevice, Library
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -41,7 +41,7 @@ def test_of_named_backends(test: Callable[[str], None], backend: Backend) -> Non
     test(backend.name)
 
 
-ROI_OPS = [op for op in OPS.values() if "rois" in op.arrays]
+ROI_OPS = [op for op in OPS.values() if "rois" in op.arrays and has_kernels(op)]
 ROWS = [pytest.param(op, id=op.name) for op in ROI_OPS]
 
 
@@ -90,7 +90,7 @@ def poolings(draw: st.DrawFn) -> tuple[Op, Sample, str]:
     elif op.name == "deform_roi_pool":
         params["convention"] = draw(st.sampled_from(("paper", "rfcn", "mmcv")))
         params["sampling_ratio"] = draw(st.integers(0, 3))
-    else:
+    elif op.name == "deform_ps_roi_pool":  # any other row: with the parameters of its first sample
         params["group_size"], params["part_size"] = draw(st.integers(1, 3)), draw(st.integers(1, 4))
         params["sample_per_part"], classes = draw(st.integers(1, 3)), draw(st.integers(1, 2))
         maps = params["group_size"] ** 2

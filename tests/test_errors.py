@@ -75,7 +75,23 @@ VALUES = [
     ),
 ]
 
+LAST = "the shapes fit if {} came with channels last, \\(N, H, W, C\\); here they are second"
+
 SIZES: list[tuple[Op, Sample, dict[str, Any], str]] = [
+    # channels last, the input's alone or those of all maps
+    (
+        DEFORM_CONV2D,
+        CONVOLUTION,
+        {"input": zeros(2, 6, 7, 4)},
+        "weight: .*4 does not divide C = 6: " + LAST.format("input"),
+    ),
+    (
+        DEFORM_CONV2D,
+        CONVOLUTION,
+        {"input": zeros(2, 6, 7, 4), "offset": zeros(2, 6, 7, 18), "mask": None},
+        "weight: .*4 does not divide C = 6: " + LAST.format("input, offset"),
+    ),
+    (DEFORM_CONV2D, CONVOLUTION, {"input": zeros(2, 6, 8, 4)}, "weight: .*: 4 does not divide C = 6$"),
     # the offsets of another output size, named by letter and number
     (
         DEFORM_CONV2D,
@@ -235,21 +251,21 @@ def test_arrays_of_two_frameworks_are_an_error(backend: Backend) -> None:
     refuses(DEFORM_CONV2D, CONVOLUTION, change, TypeError, message, backend)
 
 
-@pytest.mark.parametrize("scale", [1e39, 10**400, float("inf")])
-def test_a_scale_that_float32_does_not_hold_is_refused(scale):
-    rois = np.array([[0, 0, 0, 3, 3]], np.float32)
-    with pytest.raises(ValueError, match="roi_align: spatial_scale: expected a positive finite number"):
-        dcn_kernels.roi_align(np.ones((1, 1, 4, 4), np.float32), rois, 2, scale)
+POOLED = [op for op in dcn_kernels.OPS.values() if "spatial_scale" in op.samples(0)[0].params]
 
 
-@pytest.mark.parametrize("number", [10**9, 2**63])
-def test_more_samples_of_a_bin_than_a_call_could_end_with_are_refused(number):
-    image, rois = np.ones((1, 1, 4, 4), np.float32), np.array([[0, 0, 0, 3, 3]], np.float32)
-    calls = {
-        "sampling_ratio": (dcn_kernels.roi_align, dcn_kernels.ps_roi_align, dcn_kernels.deform_roi_pool),
-        "sample_per_part": (dcn_kernels.deform_ps_roi_pool,),
-    }
-    for name, functions in calls.items():
-        for function in functions:
-            with pytest.raises(ValueError, match=f"{name}: expected an integer of at most 4096"):
-                function(image, rois, output_size=1, **{name: number})
+@pytest.mark.parametrize("op", POOLED, ids=str)
+@pytest.mark.parametrize("scale", [1e39, 10**400, float("inf"), float("nan"), 0, -1])
+def test_a_scale_that_float32_does_not_hold_is_refused(backend: Backend, op: Op, scale: float) -> None:
+    message = "spatial_scale: expected a positive finite number, got"
+    refuses(op, op.samples(0)[0], {"spatial_scale": scale}, ValueError, message, backend)
+
+
+@pytest.mark.parametrize("op", POOLED, ids=str)
+@pytest.mark.parametrize("number", [4097, 10**9, 2**63])
+def test_more_samples_of_a_bin_than_a_call_could_end_with_are_refused(backend: Backend, op: Op, number: int) -> None:
+    sample = op.samples(0)[0]
+    names = [name for name in ("sampling_ratio", "sample_per_part") if name in sample.params]
+    assert names or op.name in ("roi_pool", "ps_roi_pool")  # whole pixels
+    for name in names:
+        refuses(op, sample, {name: number}, ValueError, f"{name}: expected an integer of at most 4096, got", backend)

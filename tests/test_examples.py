@@ -47,6 +47,30 @@ def test_example_runs(name: str, tmp_path: Path) -> None:
         assert all(len(samples) == 2 and min(samples) > 0 for samples in record["samples_us"].values())
 
 
+@pytest.mark.parametrize(
+    ("lacks", "options", "says"),
+    [
+        (("torch", "sklearn"), [], "needs torch and sklearn: pip install torch scikit-learn"),
+        (("matplotlib",), ["--picture", "a.png"], "--picture needs matplotlib: pip install matplotlib"),
+    ],
+)
+def test_digits_says_what_it_needs_before_it_starts(
+    lacks: tuple[str, ...], options: list[str], says: str, tmp_path: Path
+) -> None:
+    if "torch" not in lacks and not (find_spec("torch") and find_spec("sklearn")):
+        pytest.skip("torch is not installed")
+    file = str(ROOT / "examples" / "digits.py")
+    code = f"""
+import importlib.util, runpy, sys
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *more: None if name in {lacks} else find_spec(name, *more)
+sys.argv = {[file, *options]}
+runpy.run_path({file!r}, run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode and says in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
 def test_readme_says_what_the_overhead_record_says() -> None:
     (path,) = (ROOT / "bench_results" / "overhead").glob("*.json")
     rows = json.loads(path.read_text())["rows"]

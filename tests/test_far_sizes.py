@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 
 from dcn_kernels import (
+    OPS,
     deform_conv2d,
     deform_conv2d_backward,
     deform_roi_pool,
@@ -15,6 +18,8 @@ from dcn_kernels import (
     roi_align,
     roi_align_backward,
 )
+from dcn_kernels.dispatch.call import call
+from dcn_kernels.dispatch.row import Op
 
 LENGTHS = [2**24 + 1, 2**24 + 2, 2**24 + 4]  # the last pixel rounds to: even below, itself, off the map
 
@@ -84,21 +89,73 @@ def test_a_sample_whose_value_guard_fails_reads_no_pixel(place: tuple[float, flo
         np.testing.assert_array_equal(got[name], want[name], err_msg=name)
 
 
-def test_an_axis_of_length_1_may_have_any_stride() -> None:
+def strange(array: np.ndarray, stride: int) -> np.ndarray:
+    """The same elements, every axis of length 1 with this stride."""
+    strides = [stride if length == 1 else step for length, step in zip(array.shape, array.strides, strict=True)]
+    return np.lib.stride_tricks.as_strided(array, strides=strides)
+
+
+# Axes of length 1 wherever a row lets them be: all that kernels walk or prefetch by is a stride of one of them.
+OF_LENGTH_1 = {
+    "deform_conv2d": [
+        {"N": 1, "C": 1, "H": 3, "W": 3, "O": 1, "KH": 3, "KW": 3},
+        {"N": 1, "C": 1, "H": 9, "W": 1, "O": 1, "KH": 1, "KW": 1},
+        {"N": 1, "C": 1, "H": 1, "W": 9, "O": 1, "KH": 1, "KW": 1},
+        {"N": 1, "C": 32, "H": 9, "W": 8, "O": 1, "KH": 1, "KW": 1},
+    ],
+    "offset_sample2d": [{"N": 1, "C": 1, "H": 9, "W": 1}, {"N": 1, "C": 1, "H": 1, "W": 9}],
+    "roi": [{"N": 1, "C": 1, "H": 1, "W": 9, "R": 5}, {"N": 1, "C": 16, "H": 9, "W": 1, "R": 5}],
+}
+
+
+def drawn(op: Op, sizes: dict[str, int]) -> tuple[dict[str, np.ndarray], dict[str, object]]:
+    """Every array of a call, grad_output too, and its parameters; one bin."""
     rng = np.random.default_rng(0)
-    plain = {
-        "input": rng.standard_normal((1, 1, 5, 6)).astype(np.float32),
-        "offset": rng.standard_normal((1, 18, 5, 6)).astype(np.float32),
-        "weight": rng.standard_normal((1, 1, 3, 3)).astype(np.float32),
+    params = dict(op.samples(0)[0].params)
+    small = {"output_size": 1, "group_size": 1, "part_size": 1, "stride": 1, "padding": 0, "dilation": 1}
+    params |= {name: value for name, value in small.items() if name in params}
+    sizes = {**sizes, "OG": 1, "G": 1, "PH": 1, "PW": 1, "classes": 1}
+    kernel = sizes.get("KH", 1), sizes.get("KW", 1)
+    sizes |= {"OH": sizes["H"] - kernel[0] + 1, "OW": sizes["W"] - kernel[1] + 1, "K": kernel[0] * kernel[1]}
+    sizes["2K"] = 2 * sizes["K"]
+    shapes = {
+        "input": ("N", "C", "H", "W"),
+        "weight": ("O", "C", "KH", "KW"),
+        "bias": ("O",),
+        "rois": ("R", 5),
+        "trans": ("R", 2, 1, 1),
+        "grad_output": ("R", "C", 1, 1) if "rois" in op.arrays else ("N", "O", "OH", "OW"),
     }
-    strange = {
-        name: np.lib.stride_tricks.as_strided(array, strides=(1 << 50, *array.strides[1:]))
-        for name, array in plain.items()
-    }
-    np.testing.assert_array_equal(deform_conv2d(**strange, padding=1), deform_conv2d(**plain, padding=1))
-    rois = np.array([[0, 0, 0, 4, 4]], np.float32)
-    grad = np.ones((1, 1, 2, 2), np.float32)
-    odd = np.lib.stride_tricks.as_strided(grad, strides=(1 << 50, 1 << 50, 8, 4))
-    for each in (grad, odd):
-        got = roi_align_backward(each, plain["input"], rois, 2)["input"]
-        np.testing.assert_allclose(got.sum(), 4, rtol=1e-5)
+    shapes["offset"] = ("R", 2, 1, 1) if "rois" in op.arrays else ("N", "2K", "OH", "OW")
+    shapes["mask"] = ("R", 1, 1) if "rois" in op.arrays else ("N", "K", "OH", "OW")
+    sizes.setdefault("O", sizes["C"])
+    arrays = {}
+    for name in ("grad_output", *op.arrays):
+        shape = [sizes.get(each, each) for each in shapes[name]]
+        arrays[name] = rng.standard_normal(shape).astype(np.float32)
+        if name == "rois":
+            arrays[name][:] = [0, 0, 0, sizes["W"] - 1, sizes["H"] - 1]
+    return arrays, params
+
+
+@pytest.mark.parametrize("stride", [1 << 50, -(1 << 50), 4])
+@pytest.mark.parametrize(
+    ("op", "sizes"),
+    [
+        pytest.param(op, sizes, id=f"{op.name}-{number}")
+        for op in OPS.values()
+        for number, sizes in enumerate(OF_LENGTH_1["roi" if "rois" in op.arrays else op.name])
+    ],
+)
+def test_an_axis_of_length_1_may_have_any_stride(op: Op, sizes: dict[str, int], stride: int) -> None:
+    plain, params = drawn(op, sizes)
+    odd = {name: strange(array, stride) for name, array in plain.items()}
+    results = []
+    for arrays in (plain, odd):
+        start = time.process_time()
+        results.append(call(op, "backward", arrays, params, backend="cpu"))
+        results[-1]["output"] = call(op, "forward", {name: arrays[name] for name in op.arrays}, params, backend="cpu")
+        seconds = time.process_time() - start
+    assert seconds < 5  # a walk of 2^50 bytes, in steps of 64, would take hours
+    for name in results[0]:
+        np.testing.assert_array_equal(results[1][name], results[0][name], err_msg=name)

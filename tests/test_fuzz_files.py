@@ -204,7 +204,7 @@ def test_npy_offsets(tmp_path: Path) -> None:
     kinds = ["'<f4'", "'<f8'", "'>f4'", "'|O'", "'<c8'", "'<U9'", "'|V4'", "[('a', '<f4')]", "'<m8[s]'", "'|b1'", "'x'"]
     lengths = ["0", "1", "2", "3", "4", "18", "-1", "65536", "10**9", "999999999999", "True", "1.5", "None", "'a'"]
     accepted = 0
-    for number in range(COUNT):
+    for number in range(2 * COUNT):  # every second one a header of our own
         if number % 2:
             shape = ["1", "18", "3", "4"]
             for _ in range(rng.randrange(3)):
@@ -218,7 +218,7 @@ def test_npy_offsets(tmp_path: Path) -> None:
         Path("one.npy").write_bytes(content)
         options = rng.choice([[], [], ["--kernel", "65536"], ["--stride", "9" * 30], ["--input-size", "999999x999999"]])
         accepted += ends_well("sampling", "--offset", "one.npy", *options) == 0
-    assert 20 < accepted < COUNT * 0.75 and not marker.exists()
+    assert 40 < accepted < COUNT * 1.5 and not marker.exists()
 
 
 def png(width: int, height: int, data: bytes) -> bytes:

@@ -16,6 +16,7 @@ from scipy import ndimage
 
 import dcn_kernels
 from dcn_kernels.dispatch.arrays import taken_in
+from dcn_kernels.dispatch.call import public
 from dcn_kernels.dispatch.row import Op, Sample
 from dcn_kernels.dtypes import DTYPES
 
@@ -47,11 +48,11 @@ def back(array: Any) -> np.ndarray:
 
 
 def forward(op: Op, arrays: dict[str, Any], params: dict[str, Any], **more: Any) -> Any:
-    return getattr(dcn_kernels, op.name)(**arrays, **params, **more)
+    return public(op)(**arrays, **params, **more)
 
 
 def backward(op: Op, grad_output: Any, arrays: dict[str, Any], params: dict[str, Any], **more: Any) -> Any:
-    return getattr(dcn_kernels, f"{op.name}_backward")(grad_output, **arrays, **params, **more)
+    return public(op, "backward")(grad_output, **arrays, **params, **more)
 
 
 @pytest.fixture(autouse=True)
@@ -134,6 +135,42 @@ def test_what_is_no_array_is_an_error() -> None:
     masked = np.ma.masked_array(np.zeros((1, 1, 2, 2)), True)
     with pytest.raises(TypeError, match="input: expected an array, got a masked array"):
         dcn_kernels.offset_sample2d(masked, np.zeros((1, 2, 2, 2)))
+
+
+@pytest.mark.parametrize("name", ["tensorflow", "paddle"])
+def test_tensorflow_and_paddle_get_their_own_kind_back(name: str) -> None:
+    """By DLPack alone: every operator, both directions; each dtype but bfloat16, which is refused.
+
+    By the reference, which compiles nothing: arrays go in and out the same way for every backend of the CPU.
+    """
+    module = framework(name)
+    make = module.constant if name == "tensorflow" else module.to_tensor
+    total = module.reduce_sum if name == "tensorflow" else module.sum
+    for op, sample in (case.values for case in FIRST):
+        for dtype in ("float16", "float32", "float64"):
+            numpy_arrays = cast(sample, op, dtype)
+            arrays = {key: make(array) for key, array in numpy_arrays.items()}
+            want, got = (
+                forward(op, numpy_arrays, sample.params, backend="reference"),
+                forward(op, arrays, sample.params, backend="reference"),
+            )
+            assert type(got) is type(arrays["input"]) and got.dtype == arrays["input"].dtype
+            np.testing.assert_array_equal(got.numpy(), want)
+            wants = backward(op, want, numpy_arrays, sample.params, backend="reference")
+            gots = backward(op, got, arrays, sample.params, backend="reference")
+            assert list(gots) == list(wants)
+            for key, value in wants.items():
+                assert type(gots[key]) is type(got)
+                np.testing.assert_array_equal(gots[key].numpy(), value)
+    for size in range(1, 20):  # a reduction over memory that is not aligned ends TensorFlow's process
+        image, offset = np.ones((1, 1, 1, size), np.float32), np.zeros((1, 2, 1, size), np.float32)
+        assert float(total(dcn_kernels.offset_sample2d(make(image), make(offset)))) == size
+    half = make(np.zeros((1, 1, 2, 2), np.float32))
+    half = module.cast(half, module.bfloat16)
+    with pytest.raises(
+        TypeError, match=f"input: expected float16, float32 or float64 of {name}, got bfloat16, which N"
+    ):
+        dcn_kernels.offset_sample2d(half, make(np.zeros((1, 2, 2, 2), np.float32)))
 
 
 # ---------------------------------------------------------------- no copy

@@ -14,6 +14,7 @@ import pytest
 from conftest import cases, cast, first_cases
 
 import dcn_kernels
+from dcn_kernels.dispatch.call import public
 from dcn_kernels.dispatch.row import Op, Sample
 from dcn_kernels.dtypes import DTYPES
 
@@ -45,12 +46,12 @@ def test_every_operator_is_there() -> None:
 @pytest.mark.parametrize(("op", "sample"), cases())
 def test_values_and_gradients_are_those_of_the_plain_functions(op: Op, sample: Sample) -> None:
     arrays = jax_arrays(sample.arrays)
-    want = getattr(dcn_kernels, op.name)(**sample.arrays, **sample.params)
+    want = public(op)(**sample.arrays, **sample.params)
     got, pull = jax.vjp(jax.jit(function(op, sample)), arrays)
     np.testing.assert_array_equal(got, want)
     grad = np.linspace(-1, 1, want.size).reshape(want.shape)
     params = {name: value for name, value in sample.params.items() if name != "return_argmax"}
-    wants = getattr(dcn_kernels, f"{op.name}_backward")(grad, **sample.arrays, **params)
+    wants = public(op, "backward")(grad, **sample.arrays, **params)
     (gots,) = pull(jax.numpy.asarray(grad))
     for name, value in gots.items():
         np.testing.assert_array_equal(value, wants.get(name, np.zeros_like(value)))
@@ -60,7 +61,7 @@ def test_values_and_gradients_are_those_of_the_plain_functions(op: Op, sample: S
 @pytest.mark.parametrize(("op", "sample"), FIRST)
 def test_every_dtype_under_jit(op: Op, sample: Sample, dtype: str) -> None:
     arrays = cast(sample, op, dtype)
-    want = getattr(dcn_kernels, op.name)(**arrays, **sample.params)
+    want = public(op)(**arrays, **sample.params)
     got = jax.jit(function(op, sample))(jax_arrays(arrays))
     assert got.dtype == (ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
     np.testing.assert_array_equal(np.asarray(got), want)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from dcn_kernels.check.calls import (
     tolerance,
 )
 from dcn_kernels.check.gradients import Case, findings
-from dcn_kernels.dispatch.call import function
+from dcn_kernels.dispatch.call import function, module_of, public
 from dcn_kernels.dispatch.row import Op, Sample
 from dcn_kernels.dtypes import DTYPES, HALVES
 from dcn_kernels.environment import why_not
@@ -48,11 +49,11 @@ def test_row_is_complete(op: Op) -> None:
     for name in ("reference", "cpu"):
         for direction in ("forward", "backward"):
             assert callable(function(op, direction, name))
-    for name in (op.name, f"{op.name}_backward"):
-        public = getattr(dcn_kernels, name)
-        assert name in dcn_kernels.__all__
+    for direction in ("forward", "backward"):
+        shown = public(op, direction)
+        assert shown.__name__ in import_module(op.package).__all__
         for section in ("Parameters", "Returns", "Raises", "Examples"):
-            assert f"{section}\n    -----" in public.__doc__, f"{name}: {section}"
+            assert f"{section}\n    -----" in shown.__doc__, f"{shown.__name__}: {section}"
     given = set().union(*(sample.arrays for sample in op.samples(0)))
     assert given == set(op.arrays), "some argument is in no sample"
     for name in op.optional:
@@ -266,7 +267,7 @@ def test_out_takes_the_result(op: Op, sample: Sample, dtype: str, backend: Backe
     expected = backend.forward(op, arrays, sample.params)
     filled = np.full(expected.shape, np.nan, expected.dtype)  # not to be added to
     out = to_backend(backend.name, {"out": filled})["out"]
-    assert getattr(dcn_kernels, op.name)(**arrays, **sample.params, out=out, backend=backend.name) is out
+    assert public(op)(**arrays, **sample.params, out=out, backend=backend.name) is out
     assert to_numpy(out).tobytes() == expected.tobytes()
 
 
@@ -442,7 +443,7 @@ def test_wrong_device_or_kind_names_argument_and_what_came(backend: Backend, op:
 
 @pytest.mark.parametrize(("op", "sample"), FIRST)
 def test_backend_that_cannot_work_is_an_error(op: Op, sample: Sample) -> None:
-    run = getattr(dcn_kernels, op.name)
+    run = public(op)
     with pytest.raises(ValueError, match=f"{op.name}: backend: expected one of .*'cpu'.*, got 'gpu'"):
         run(**sample.arrays, **sample.params, backend="gpu")
     with pytest.raises(ValueError, match=f"{op.name}: backend: 'cuda' cannot work on arrays on the CPU"):
@@ -456,13 +457,11 @@ def test_backend_that_cannot_work_is_an_error(op: Op, sample: Sample) -> None:
 def test_arrays_on_a_cpu_are_computed_by_the_cpu_backend(
     op: Op, sample: Sample, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from importlib import import_module
-
     called = []
-    module = import_module(f"dcn_kernels.cpu.{op.module}")
+    module = import_module(module_of(op, "cpu"))
     real = getattr(module, op.name)
     monkeypatch.setattr(module, op.name, lambda **arguments: called.append(op.name) or real(**arguments))
-    getattr(dcn_kernels, op.name)(**sample.arrays, **sample.params)
+    public(op)(**sample.arrays, **sample.params)
     assert called == [op.name]
 
 

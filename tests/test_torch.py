@@ -7,7 +7,6 @@ import inspect
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import pytest
 from conftest import cases, first_cases
 
 import dcn_kernels
+from dcn_kernels.dispatch.call import public
 from dcn_kernels.dispatch.row import Op, Sample
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
@@ -57,7 +57,7 @@ def test_every_operator_is_there_and_has_the_plain_functions_signature() -> None
     for name in dcn_kernels.OPS:
         assert getattr(layers, name) is torch_ops.FUNCTIONS[name]
         assert getattr(layers, name).__name__ == name and name in layers.__all__
-        theirs = inspect.signature(getattr(dcn_kernels, name)).parameters
+        theirs = inspect.signature(public(dcn_kernels.OPS[name])).parameters
         wanted = [p for p in theirs if p not in ("out", "backend", "return_argmax")]
         assert list(inspect.signature(getattr(layers, name)).parameters) == wanted
 
@@ -67,12 +67,12 @@ def test_values_and_gradients_are_those_of_the_plain_functions(op: Op, sample: S
     arrays = tensors(op, sample)
     got = function(op)(**arrays, **sample.params)
     plain = {name: array.detach() for name, array in arrays.items()}
-    want = getattr(dcn_kernels, op.name)(**plain, **sample.params)
+    want = public(op)(**plain, **sample.params)
     assert torch.equal(got, want)
     grad = torch.linspace(-1, 1, got.numel(), dtype=got.dtype).reshape(got.shape)
     got.backward(grad)
     params = {name: value for name, value in sample.params.items() if name != "return_argmax"}
-    for name, value in getattr(dcn_kernels, f"{op.name}_backward")(grad, **plain, **params).items():
+    for name, value in public(op, "backward")(grad, **plain, **params).items():
         assert torch.equal(arrays[name].grad, value)
     assert all(arrays[name].grad is None for name in arrays if name not in op.differentiable)
 
@@ -87,10 +87,26 @@ def test_gradcheck(op: Op, sample: Sample) -> None:
     assert torch.autograd.gradcheck(call, tuple(arrays.values()), fast_mode=True)
 
 
-@pytest.mark.parametrize(("op", "sample"), FIRST)
-def test_opcheck(op: Op, sample: Sample) -> None:
+def opchecked() -> list[Any]:
+    """Every sample of every row; all but the fullest of each row are slow."""
+    full = {case.id: case.values[1].label for case in FIRST}
+    return [
+        pytest.param(*case.values, id=case.id, marks=() if case.values[1].label == full[op.name] else pytest.mark.slow)
+        for case in cases()
+        for op in case.values[:1]
+    ]
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize(("op", "sample"), opchecked())
+def test_opcheck(op: Op, sample: Sample, direction: str) -> None:
+    """torch's own checks of an operator: its schema, fake tensors, autograd, and tracing with dynamic shapes."""
+    values = values_of(op, tensors(op, sample, grad=direction == "forward"), sample.params)
     operator = getattr(torch.ops.dcn_kernels, op.name).default
-    torch.library.opcheck(operator, values_of(op, tensors(op, sample), sample.params))
+    if direction == "backward":
+        values = (torch.rand_like(operator(*values)), *values, [name in sample.arrays for name in op.differentiable])
+        operator = getattr(torch.ops.dcn_kernels, f"{op.name}_backward").default
+    assert set(torch.library.opcheck(operator, values).values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
@@ -339,66 +355,6 @@ def test_deform_conv2d_layer_gives_what_torchvision_recorded_from_its_state_dict
     torch.testing.assert_close(got, recorded["output"], rtol=1e-5, atol=1e-5)
 
 
-def fake_torchvision(name: str, base: type) -> type:
-    """A class that passes for torchvision's: same name, module, attributes."""
-    return type(name, (base,), {"__module__": "torchvision.ops.fake"})
-
-
-def test_replace_layers_keeps_parameters_hooks_and_names() -> None:
-    class Theirs(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            mine = layers.DeformConv2d(4, 6, 3, padding=1)
-            self.__dict__.update({name: value for name, value in mine.__dict__.items() if name != "border"})
-
-    theirs = fake_torchvision("DeformConv2d", Theirs)()
-    pool = fake_torchvision("PSRoIPool", torch.nn.Module)()
-    pool.output_size, pool.spatial_scale = 2, 0.5
-    model = torch.nn.ModuleDict({"a": theirs, "b": torch.nn.ModuleList([theirs, torch.nn.ReLU()]), "pool": pool})
-    called = []
-    theirs.register_forward_hook(lambda *args: called.append(1))
-    weight, state = theirs.weight, copy.deepcopy(model.state_dict())
-    assert layers.replace_layers(model) is model
-    assert type(model["a"]) is layers.DeformConv2d and model["a"] is model["b"][0]
-    assert model["a"].weight is weight
-    assert {k: v.tolist() for k, v in model.state_dict().items()} == {k: v.tolist() for k, v in state.items()}
-    image, offset = torch.rand(1, 4, 5, 5), torch.rand(1, 18, 5, 5)
-    got = model["a"](image, offset)
-    assert called and torch.equal(got, layers.deform_conv2d(image, offset, weight, theirs.bias, padding=1))
-    boxes = [torch.tensor([[0.0, 0, 8, 8]])]
-    rois = torch.tensor([[0.0, 0, 0, 8, 8]])
-    want = layers.ps_roi_pool(image, rois, 2, 0.5, convention="torchvision")
-    assert torch.equal(model["pool"](image, boxes), want)
-    assert type(layers.replace_layers(theirs)) is layers.DeformConv2d
-
-
-def torchvision_imports() -> bool:
-    if not find_spec("torchvision"):
-        return False
-    try:  # it does not, beside a torch of another build
-        import torchvision.ops  # noqa: F401
-    except (ImportError, RuntimeError):
-        return False
-    return True
-
-
-@pytest.mark.skipif(not torchvision_imports(), reason="torchvision cannot be imported")
-def test_replaced_layers_give_what_torchvisions_give() -> None:
-    from torchvision import ops
-
-    rois = torch.tensor([[0, 1, 2, 9, 11], [1, 0, 0, 15, 6]], dtype=torch.float32)
-    inputs = {"RoIPool": 3, "RoIAlign": 3, "PSRoIPool": 12, "PSRoIAlign": 12}
-    for name, channels in inputs.items():
-        args = (2, 0.5, 2) if "Align" in name else (2, 0.5)
-        theirs, image = getattr(ops, name)(*args), torch.rand(2, channels, 8, 8)
-        want = theirs(image, rois)
-        torch.testing.assert_close(layers.replace_layers(theirs)(image, rois), want)
-    theirs = ops.DeformConv2d(4, 6, (3, 2), **OPTIONS)
-    args = torch.rand(2, 4, 7, 8), torch.randn(2, 24, 7, 3), torch.rand(2, 12, 7, 3)
-    want = theirs(*args)
-    torch.testing.assert_close(layers.replace_layers(theirs)(*args), want, rtol=1e-5, atol=1e-5)
-
-
 def test_packs_start_as_the_plain_layers() -> None:
     image = torch.rand(2, 4, 7, 8)
     options = {"stride": 2, "padding": 2, "dilation": 2}
@@ -604,3 +560,28 @@ def test_layers_and_functions_are_leaves_of_a_traced_graph() -> None:
     torch.testing.assert_close(got, want, rtol=0, atol=0)
     got.sum().backward()
     assert traced.layer.weight.grad is not None
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_torchscript_is_an_error_that_says_what_to_use() -> None:
+    class Inside(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = torch.nn.Sequential(torch.nn.ReLU(), layers.DeformConv2dPack(2, 3, 3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layers(x)
+
+    class Calls(torch.nn.Module):
+        def forward(self, x: torch.Tensor, rois: torch.Tensor) -> torch.Tensor:
+            return layers.roi_align(x, rois, 2)
+
+    for what, name in (
+        *((function(op), op.name) for op in dcn_kernels.OPS.values()),
+        (layers.ConvOffset2D(2), "ConvOffset2D"),
+        (layers.RoIAlign(2), "RoIAlign"),
+        (Inside(), "DeformConv2dPack"),
+        (Calls(), "roi_align"),
+    ):
+        with pytest.raises(RuntimeError, match=f"{name}: torch.jit.script cannot read it: use torch.export, torch.com"):
+            torch.jit.script(what)

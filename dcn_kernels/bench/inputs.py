@@ -31,12 +31,9 @@ class Inputs:
 
 
 def make_inputs(layer: layers.Layer, offsets: str, dtype: str, seed: int) -> Inputs:
-    """The arrays of a layer; ValueError where its sizes do not fit each other."""
+    """The arrays of a layer."""
     op = OPS[layer["op"]]
-    try:
-        sample = op.layer_sample(layer, offsets=offsets, spread=layer["spread"], seed=seed)
-    except KeyError as missing:
-        raise ValueError(f"{op.name}: the layer needs the size {missing}") from None
+    sample = op.layer_sample(layer, offsets=offsets, spread=layer["spread"], seed=seed)
     storage = DTYPES[dtype]
     sample = dataclasses.replace(sample, arrays={name: a.astype(storage) for name, a in sample.arrays.items()})
     sizes, shape = calls.output_shape(op, sample)

@@ -1,7 +1,8 @@
 """Named layer shapes of published networks, and how far their offsets reach.
 
-A layer is a dict: `op`, the sizes that the operator's `layer_sample` takes, `spread` (standard deviation of an offset
-in pixels), and `source`. Lengths may be an int or (h, w).
+A layer is a dict: `op`, the sizes that the operator's row names (`layer_sizes`), `spread` (standard deviation of an
+offset in pixels), and `source`. Lengths may be an int, or one for each axis. Which sizes there are, and which shapes
+follow from them, the rows say: nothing here knows an operator but `LAYERS`, the layers of published networks.
 
 How far offsets wander decides how fast such an operator is, so the spread follows Table 2 of the paper: the mean
 distance between neighbouring sampling points of trained 3x3 filters of dilation 2. If both coordinates of every
@@ -16,10 +17,13 @@ import tomllib
 from functools import lru_cache
 from math import lcm, prod
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
+from dcn_kernels.dispatch import shapes
+from dcn_kernels.dispatch.row import Op, Sizes
 from dcn_kernels.ops.registry import OPS
 
 Layer = dict[str, Any]
@@ -38,7 +42,7 @@ def spread(effective_dilation: float, dilation: float = 2.0) -> float:
     >>> round(spread(5.8), 2)  # res5c, medium objects
     3.11
     """
-    levels = (np.arange(400) + 0.5) / 400  # a radius and an angle at evenly spread quantiles
+    levels = (np.arange(400) + 0.5) / 400  # a radius and an angle at the quantiles of equal steps
     radius = np.sqrt(-2 * np.log1p(-levels))[:, None]
     angle = 2 * np.pi * levels
     low, high = 0.0, effective_dilation
@@ -50,40 +54,16 @@ def spread(effective_dilation: float, dilation: float = 2.0) -> float:
     return round((low + high) / 2, 2)
 
 
-DEFAULTS: dict[str, Any] = {
-    "N": 1,
-    "kernel": (3, 3),
-    "stride": (1, 1),
-    "padding": (1, 1),
-    "dilation": (1, 1),
-    "groups": 1,
-    "offset_groups": 1,
-    "R": 300,
-    "classes": 1,
-    "output_size": (7, 7),
-    "spatial_scale": 1 / 16,
-}
-# What a RoI operator takes besides arrays and sizes
-ROI_PARAMS: dict[str, dict[str, Any]] = {
-    "roi_pool": {"mode": "max"},
-    "ps_roi_pool": {"group_size": None, "convention": "rfcn"},
-    "roi_align": {"sampling_ratio": -1, "aligned": False},
-    "ps_roi_align": {"sampling_ratio": -1},
-    "deform_roi_pool": {"gamma": 0.1, "sampling_ratio": 4, "convention": "rfcn"},
-    "deform_ps_roi_pool": {"group_size": None, "part_size": None, "sample_per_part": 4, "trans_std": 0.1},
-}
-PAIRS = ("kernel", "stride", "padding", "dilation", "output_size")
-
-
 def layer(op: str, **sizes: Any) -> Layer:
-    """A layer with the defaults filled in and lengths as pairs."""
-    reach = 1.0 if op in ROI_PARAMS else spread(TABLE_2["res5b"])  # RoI offsets are in tenths of the RoI
-    filled = {"op": op, "spread": reach, "source": "", "params": ROI_PARAMS.get(op, {}), **DEFAULTS, **sizes}
-    for name in PAIRS:
-        if isinstance(filled[name], int):
-            filled[name] = (filled[name], filled[name])
-        else:
-            filled[name] = tuple(filled[name])
+    """A layer with the usual sizes filled in, and a length that is the same along all axes as one for each."""
+    row = OPS[op]
+    reach = spread(TABLE_2["res5b"]) if row.layer_spread is None else row.layer_spread
+    usual = {name: value for name, value in row.layer_sizes.items() if value is not None}
+    filled = {"op": op, "spread": reach, "source": "", "params": row.layer_params, **usual, **sizes}
+    for name, value in usual.items():
+        if isinstance(value, tuple):
+            given = filled[name]
+            filled[name] = (given,) * len(value) if isinstance(given, int) else tuple(given)
     filled["given"] = tuple(dict.fromkeys(("N", *sizes)))
     return filled
 
@@ -125,24 +105,30 @@ DEFAULT_SET = ("A", "B", "C", "D", "E", "resample", "rfcn-psroi", "rfcn-deform-p
 def shown(sizes: Layer) -> str:
     """A layer's sizes as `--shape` takes them: N=1,C=64,...,kernel=3x3."""
     names = [name for name in sizes["given"] if name not in ("spread", "source")]
-    return ",".join(
-        f"{name}={'x'.join(map(str, sizes[name])) if isinstance(sizes[name], tuple) else sizes[name]}" for name in names
-    )
+    return ",".join(f"{name}={_by_x(sizes[name])}" for name in names)
+
+
+def _short(row: Op) -> tuple[str, ...]:
+    """The sizes that the short form begins with: N, C and those of the map."""
+    return tuple(name for name in ("N", "C", *row.axes) if name in row.layer_sizes)
+
+
+def _by_x(value: Any) -> str:
+    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def named(sizes: Layer) -> str:
     """A name that tells the sizes, in the short form of `parse`: 1x64x56x56:64:3x3, and what is not as usual."""
-    name = "x".join(str(sizes[letter]) for letter in "NCHW")
-    if "O" in taken(sizes["op"]):
-        name += f":{sizes['O']}:{'x'.join(map(str, sizes['kernel']))}"
-    for size, usual in DEFAULTS.items():
-        value = sizes[size]
-        if size not in ("N", "kernel") and size in taken(sizes["op"]) and value != usual:
-            name += f",{size}={'x'.join(map(str, value)) if isinstance(value, tuple) else value}"
+    row = OPS[sizes["op"]]
+    first = [name for name in ("O", "kernel") if name in row.layer_sizes]
+    name = ":".join([_by_x(tuple(sizes[letter] for letter in _short(row))), *(_by_x(sizes[size]) for size in first)])
+    for size, usual in row.layer_sizes.items():
+        if size not in (*_short(row), *first) and sizes[size] != usual:
+            name += f",{size}={_by_x(sizes[size])}"
     return name
 
 
-_SHORT = re.compile(r"(?P<sizes>\d+(x\d+){3})(:(?P<O>\d+)(:(?P<kernel>\d+(x\d+)?))?)?", re.ASCII)
+_SHORT = re.compile(r"(?P<sizes>\d+(x\d+)+)(:(?P<O>\d+)(:(?P<kernel>\d+(x\d+)*))?)?", re.ASCII)
 
 
 def parse(op: str, text: str) -> Layer:
@@ -153,118 +139,110 @@ def parse(op: str, text: str) -> Layer:
     ValueError
         Something is not NAME=NUMBER or NAME=HxW, or not a size that the operator's layers have, or given twice.
     """
-    return checked(op, _parsed(text))
+    return checked(op, _parsed(op, text))
 
 
-def _parsed(text: str) -> dict[str, Any]:
+def _parsed(op: str, text: str) -> dict[str, Any]:
+    row = _row(op)
     sizes: dict[str, Any] = {}
     parts = text.split(",")
-    short = _SHORT.fullmatch(parts[0].strip())
-    if short:
-        given = [f"{name}={value}" for name, value in zip("NCHW", short["sizes"].split("x"), strict=True)]
+    short, letters = _SHORT.fullmatch(parts[0].strip()), _short(row)
+    if short and short["sizes"].count("x") + 1 == len(letters):
+        given = [f"{name}={value}" for name, value in zip(letters, short["sizes"].split("x"), strict=True)]
         parts[:1] = given + [f"{name}={short[name]}" for name in ("O", "kernel") if short[name]]
+    axes = "x".join(row.axes)
     for part in parts:
         name, _, value = part.strip().partition("=")
-        kind = float if name in _RATES else int
+        kind = float if _is_rate(row, name) else int
         numbers: list[Any]
         try:
             numbers = [kind(number) for number in value.split("x")]
         except ValueError:
             numbers = []
-        if not numbers or len(numbers) > 2:
-            raise ValueError(f"expected NAME=NUMBER or NAME=HxW, or first NxCxHxW:O:KHxKW, got {part.strip()!r}")
+        if not numbers or len(numbers) > max(2, len(row.axes)):
+            start = f"{'x'.join(letters)}:O:{'x'.join(f'K{axis}' for axis in row.axes)}"
+            raise ValueError(f"expected NAME=NUMBER or NAME={axes}, or first {start}, got {part.strip()!r}")
         if name in sizes:
             raise ValueError(f"{name} is given twice")
         sizes[name] = numbers[0] if len(numbers) == 1 else tuple(numbers)
     return sizes
 
 
-_SIZES = (*DEFAULTS, "C", "H", "W", "O", "spread")
-_RATES = ("spread", "spatial_scale")
-_LEAST = {"padding": 0}
+_MAY_BE_ZERO = ("padding",)
 _MOST = 2**31 - 1
-_CONV = ("O", "kernel", "stride", "padding", "dilation", "groups")
 
 
-def taken(op: str) -> tuple[str, ...]:
+def _row(op: str) -> Op:
+    if op not in OPS:
+        raise ValueError(f"no operator {op!r}; there are: {', '.join(OPS)}")
+    return OPS[op]
+
+
+def _is_rate(row: Op, name: str) -> bool:
+    """A positive number, not a whole one."""
+    return name == "spread" or isinstance(row.layer_sizes.get(name), float)
+
+
+def taken(row: Op) -> tuple[str, ...]:
     """The names of the sizes that an operator's layers have."""
-    if op not in ROI_PARAMS:
-        return (*"NCHW", *(_CONV if op == "deform_conv2d" else ()), "offset_groups", "spread")
-    own = {"deform_roi_pool": ("spread",), "deform_ps_roi_pool": ("spread", "classes")}.get(op, ())
-    return (*"NCHW", "R", "output_size", "spatial_scale", *own)
+    return (*row.layer_sizes, *(("spread",) if row.has_offsets else ()))
+
+
+def letters(sizes: Layer) -> Sizes:
+    """The sizes of a layer by the letters of the row's named shapes, without its arrays.
+
+    Raises
+    ------
+    ValueError
+        The sizes do not fit each other.
+    """
+    row = OPS[sizes["op"]]
+    shape_of, params = row.layer_call(sizes)
+    arrays = {name: SimpleNamespace(shape=shape) for name, shape in shape_of.items()}
+    return shapes.bind(row, arrays, row.parameters(params))
 
 
 def memory(sizes: Layer, itemsize: int) -> int:
     """Bytes that timing a layer takes at least: its arrays as drawn in float64, as given, and their gradients."""
-    N, C, H, W, R = (sizes[name] for name in "NCHWR")
-    elements = N * C * H * W
-    if sizes["op"] in ROI_PARAMS:
-        bins = prod(sizes["output_size"])
-        elements += 5 * R + R * bins * (C // bins if "ps_" in sizes["op"] else C)
-        elements += 2 * R * bins * sizes["classes"] if "deform" in sizes["op"] else 0
-    elif sizes["op"] == "deform_conv2d":
-        taps = prod(sizes["kernel"])
-        lengths = zip((H, W), *(sizes[name] for name in ("kernel", "stride", "padding", "dilation")), strict=True)
-        pixels = prod(
-            max(0, (n + 2 * pad - dilation * (k - 1) - 1) // step + 1) for n, k, step, pad, dilation in lengths
-        )
-        elements += N * pixels * (3 * sizes["offset_groups"] * taps + sizes["O"])
-        elements += sizes["O"] * (C // sizes["groups"]) * taps
-    else:
-        elements += 2 * N * sizes["offset_groups"] * H * W + N * C * H * W
-    return elements * (8 + 2 * itemsize)
+    row = OPS[sizes["op"]]
+    arrays = [*row.layer_call(sizes)[0].values(), shapes.evaluate(row.output, letters(sizes))]
+    return sum(map(prod, arrays)) * (8 + 2 * itemsize)
 
 
 def checked(op: str, sizes: dict[str, Any]) -> Layer:
-    """A layer from outside: only known names, only positive whole numbers.
+    """A layer from outside: only known names, only positive whole numbers, which fit each other.
 
     Raises
     ------
     ValueError
         Naming the size.
     """
-    if op not in OPS:
-        raise ValueError(f"no operator {op!r}; there are: {', '.join(OPS)}")
+    row = _row(op)
     for name, value in sizes.items():
-        if name in _RATES:
-            if name not in taken(op):
-                raise ValueError(f"{op} has no size {name!r}; it has: {', '.join(taken(op))}")
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e6:
-                raise ValueError(f"{name}: expected a positive number, got {value!r}")
-            continue
         if name == "source":
             if not isinstance(value, str):
                 raise ValueError(f"source: expected text, got {value!r}")
             continue
-        if name not in _SIZES:
-            raise ValueError(f"unknown size {name!r}; there are: {', '.join(_SIZES)}")
-        if name not in taken(op):
-            raise ValueError(f"{op} has no size {name!r}; it has: {', '.join(taken(op))}")
-        numbers = value if isinstance(value, (list, tuple)) and name in PAIRS and len(value) == 2 else [value]
-        least = _LEAST.get(name, 1)
+        if name not in taken(row):
+            raise ValueError(f"{op} has no size {name!r}; it has: {', '.join(taken(row))}")
+        if _is_rate(row, name):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e6:
+                raise ValueError(f"{name}: expected a positive number, got {value!r}")
+            continue
+        usual = row.layer_sizes[name]
+        lengths = isinstance(value, (list, tuple)) and isinstance(usual, tuple) and len(value) == len(usual)
+        numbers = value if lengths else [value]
+        least = 0 if name in _MAY_BE_ZERO else 1
         if not all(type(n) is int and n >= least for n in numbers):
             raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r}")
         if max(numbers) > _MOST:
             raise ValueError(f"{name}: expected at most {_MOST}")
-    for name in (*"CHW", *("O" if op == "deform_conv2d" else "")):
-        if name not in sizes:
+    for name, usual in row.layer_sizes.items():
+        if usual is None and name not in sizes:
             raise ValueError(f"{op}: the layer needs the size {name!r}")
     filled = layer(op, **sizes)
-    for name, divisors in _divisors(filled).items():
-        for divisor, value in divisors.items():
-            if filled[name] % value:
-                raise ValueError(f"{divisor} = {value} does not divide {name} = {filled[name]}")
+    letters(filled)
     return filled
-
-
-def _divisors(sizes: Layer) -> dict[str, dict[str, int]]:
-    """What divides the channels of a layer."""
-    if "ps_" in sizes["op"]:
-        return {"C": {"output_size": prod(sizes["output_size"])}}
-    found: dict[str, dict[str, int]] = {
-        "C": {name: sizes[name] for name in ("groups", "offset_groups") if name in taken(sizes["op"])}
-    }
-    return found | ({"O": {"groups": sizes["groups"]}} if "O" in taken(sizes["op"]) else {})
 
 
 def read_toml(path: str) -> dict[str, Layer]:
@@ -299,7 +277,7 @@ def read_toml(path: str) -> dict[str, Layer]:
             if text is not None:
                 if not isinstance(text, str):
                     raise ValueError(f"sizes: expected text, got {text!r}")
-                parsed = _parsed(text)
+                parsed = _parsed(op, text)
                 for twice in parsed.keys() & sizes.keys():
                     raise ValueError(f"{twice} is given twice")
                 sizes |= parsed
@@ -309,21 +287,30 @@ def read_toml(path: str) -> dict[str, Layer]:
     return layers
 
 
-def cut(sizes: Layer, *, channels: bool = True) -> Layer:
-    """The same options on one small image, at most 16 channels and 8 RoIs, for the reference.
+_SLAB = 16  # channels that the CPU kernels take at a time, at most
 
-    Of 12x12 pixels, or as many more as the kernel needs. Without `channels` theirs are cut only to about a thousand,
-    which what divides them still does.
+
+def cut(sizes: Layer) -> Layer:
+    """The same options on one small image with at most 8 RoIs, for the reference.
+
+    Of 12 pixels along each axis, or as many more as the kernel needs. Of the channels, in multiples of what divides
+    them: 16, and as many more as the layer has beyond a multiple of 16, so that kernels take the same way as in it.
     """
-    small = dict(sizes)
-    limits = {"N": 1, "R": 8}
-    for name, divisors in _divisors(sizes).items():
-        unit = lcm(sizes["classes"], *divisors.values())
-        limits[name] = 16 if channels else unit * max(1, 1024 // unit)
-    for axis, name in enumerate("HW"):
-        reach = sizes["dilation"][axis] * (sizes["kernel"][axis] - 1) + 1 - 2 * sizes["padding"][axis]
-        limits[name] = max(12, reach + 4)
-    for name, limit in limits.items():
+    row, bound, small = OPS[sizes["op"]], letters(sizes), dict(sizes)
+    for name in row.zero_sizes:
         if name in small:
-            small[name] = min(small[name], limit)
+            small[name] = min(small[name], 1 if name == "N" else 8)
+    for axis, name in enumerate(row.axes):
+        reach = 0
+        if "kernel" in sizes:
+            reach = sizes["dilation"][axis] * (sizes["kernel"][axis] - 1) + 1 - 2 * sizes["padding"][axis]
+        small[name] = min(small[name], max(12, reach + 4))
+    for name, usual in row.layer_sizes.items():
+        if usual is None and name not in row.axes:
+            unit = 1
+            for divisor, size in row.divides:  # a size may be C, or C/(G*G) where (G*G) divides C
+                whole, _, part = size.partition("/")
+                if whole == name:
+                    unit = lcm(unit, bound[divisor] * bound.get(part, 1))
+            small[name] = unit * min(sizes[name] // unit, _SLAB + sizes[name] // unit % _SLAB)
     return small

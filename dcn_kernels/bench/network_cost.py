@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-from dcn_kernels.bench import ceiling, clocks, layers, spot_checks
+from dcn_kernels.bench import ceiling, clocks, gpu_ceiling, layers, spot_checks
 from dcn_kernels.bench.inputs import make_inputs, runner
 
 # shared: in both variants; plain: only there; deformable: in place of the plain one; offsets: what makes the offsets
@@ -37,7 +36,7 @@ NOT_COMPARABLE = (
 
 
 @dataclass(frozen=True)
-class Layer:
+class NetworkLayer:
     """One layer, or `count` alike."""
 
     name: str
@@ -66,7 +65,7 @@ class Network:
 
     name: str
     map_size: tuple[int, int]
-    layers: tuple[Layer, ...]
+    layers: tuple[NetworkLayer, ...]
     paper_parameters: tuple[float, float]  # millions
     paper_seconds: tuple[float, float]  # "net forward", not the overall runtime; for doubts see NOT_COMPARABLE
     remark: str = ""
@@ -94,13 +93,13 @@ class Network:
 
 def _convolution(
     name: str, part: str, C: int, O: int, kernel: int, pixels: int, *, count: int = 1, bias: bool = True
-) -> Layer:
+) -> NetworkLayer:
     """With a bias, or with a normalisation's scale and shift; fully connected: kernel 1, a pixel for each RoI."""
     parameters = O * C * kernel**2 + (O if bias else 2 * O)
-    return Layer(name, part, count * parameters, count, (O, C * kernel**2, pixels))
+    return NetworkLayer(name, part, count * parameters, count, (O, C * kernel**2, pixels))
 
 
-def resnet101(height: int, width: int) -> list[Layer]:
+def resnet101(height: int, width: int) -> list[NetworkLayer]:
     """The convolutions of ResNet-101 for an image, conv5 at stride 16 with dilation 2; its three 3x3 are "plain".
 
     Examples
@@ -132,7 +131,7 @@ def resnet101(height: int, width: int) -> list[Layer]:
     return found
 
 
-def _deformed(map_size: tuple[int, int], offset_groups: int) -> list[Layer]:
+def _deformed(map_size: tuple[int, int], offset_groups: int) -> list[NetworkLayer]:
     """conv5's 3x3 filters, deformable, and the convolutions that make their offsets."""
     (H, W), found = map_size, []
     for letter in "abc":
@@ -142,15 +141,15 @@ def _deformed(map_size: tuple[int, int], offset_groups: int) -> list[Layer]:
             offset_groups=offset_groups, spread=layers.spread(layers.TABLE_2[f"res5{letter}"]),
         )  # fmt: skip
         plain = _convolution(name, "deformable", 512, 512, 3, H * W, bias=False)
-        found.append(Layer(name, "deformable", plain.parameters, call=call))
+        found.append(NetworkLayer(name, "deformable", plain.parameters, call=call))
         found.append(_convolution(f"{name} offsets", "offsets", 512, 18 * offset_groups, 3, H * W))
     return found
 
 
-def _pool(name: str, part: str, op: str, C: int, map_size: tuple[int, int], classes: int = 1) -> Layer:
-    H, W = map_size
-    call = layers.layer(op, N=1, C=C, H=H, W=W, R=REGIONS, classes=classes)
-    return Layer(name, part, call=call)
+def _pool(name: str, part: str, op: str, C: int, map_size: tuple[int, int], classes: int = 1) -> NetworkLayer:
+    (H, W), more = map_size, {"classes": classes} if classes > 1 else {}
+    call = layers.layer(op, N=1, C=C, H=H, W=W, R=REGIONS, **more)
+    return NetworkLayer(name, part, call=call)
 
 
 _PROPOSALS_REMARK = (
@@ -252,7 +251,7 @@ class Measured:
 
 
 def measure(
-    chosen: Iterable[Layer],
+    chosen: Iterable[NetworkLayer],
     *,
     backend: str = "cpu",
     threads: int | None = None,
@@ -275,8 +274,6 @@ def measure(
     -------
     list of Measured, in the order of the layers
     """
-    from dcn_kernels.bench import clocks
-
     todo = list(chosen)
     products = sorted({layer.product for layer in todo if layer.product})
     calls = {repr(layer.call): layer.call for layer in todo if layer.call is not None}
@@ -316,24 +313,14 @@ def measure(
 
 def _products(shapes: list[tuple[int, int, int]], backend: str, threads: int) -> list[float]:
     """Milliseconds of matrix products (m, k) x (k, n)."""
-    if backend != "cuda":
-        return list(ceiling.measure(threads, "float32", tuple((1, *shape) for shape in shapes))["products_ms"])
-    import cupy
-
-    from dcn_kernels.bench.clocks import CudaClock
-
-    ticks, times = CudaClock(), []
-    for m, k, n in shapes:
-        a, b = cupy.ones((m, k), "float32"), cupy.ones((k, n), "float32")
-        c = cupy.empty((m, n), "float32")
-        runs = [ticks.milliseconds(partial(cupy.matmul, a, b, c)) for _ in range(12)]
-        times.append(min(runs))
-    return times
+    once = tuple((1, *shape) for shape in shapes)
+    if backend == "cuda":
+        return gpu_ceiling.products_ms("float32", once)
+    return list(ceiling.measure(threads, "float32", once)["products_ms"])
 
 
 def _call(layer: layers.Layer, backend: str, budget: float) -> Measured:
     """The fastest of some calls, as of the products; checked against the reference on a small case first."""
-
     spot_checks.check_small(layer, "smooth", "float32", backend, 0, ("forward",))
     inputs = make_inputs(layer, "smooth", "float32", 0)
     run, ticks = runner(inputs, "forward", backend), clocks.clock(backend)

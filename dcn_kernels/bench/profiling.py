@@ -13,14 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from dcn_kernels.bench import ceiling, layers
-from dcn_kernels.bench.clocks import CudaClock, clock, threads_set
+from dcn_kernels.bench import ceiling, gpu_ceiling, layers
+from dcn_kernels.bench.clocks import clock, threads_set
 from dcn_kernels.bench.inputs import DIRECTIONS, Inputs, make_inputs, runner
 from dcn_kernels.bench.peers import Peer, PeerError
 from dcn_kernels.bench.spot_checks import check_small, check_spots
 from dcn_kernels.check import calls
 from dcn_kernels.check import gradients as gradcheck
-from dcn_kernels.dispatch.row import Op
 from dcn_kernels.dtypes import DTYPES, accumulator
 from dcn_kernels.ops.registry import OPS
 
@@ -80,7 +79,7 @@ def profile(
     table = [
         (name, layer, offsets, dtype, backend, direction)
         for name, layer in chosen.items()
-        for offsets in (settings.offsets if has_offsets(OPS[layer["op"]]) else ("none",))
+        for offsets in (settings.offsets if OPS[layer["op"]].has_offsets else ("none",))
         for dtype in settings.dtypes
         for backend in settings.backends
         for direction in settings.directions
@@ -121,11 +120,6 @@ def profile(
             yield row
         if progress and table:
             progress("", len(table), len(table))
-
-
-def has_offsets(op: Op) -> bool:
-    """Some differentiable argument is a coordinate that may stay in float32: how it wanders matters."""
-    return any(name in op.coordinates for name in op.differentiable)
 
 
 def _row(
@@ -196,7 +190,7 @@ def _row(
 def _ceiling(dtype: str, backend: str, threads: int, product: tuple[ceiling.Shape, ...]) -> dict[str, Any]:
     """This machine's rates now, and the time of a layer's plain product."""
     if backend == "cuda":
-        return _cuda_ceiling(dtype, product)
+        return gpu_ceiling.measure(dtype, product)
     return ceiling.measure(threads, str(accumulator(DTYPES[dtype])), product)
 
 
@@ -249,27 +243,3 @@ def best_ceilings(rows: list[RowDict]) -> None:
 def _plain_product(inputs: Inputs) -> tuple[ceiling.Shape, ...]:
     """The matrix product of a plain operator of the same shape; nothing where there is none."""
     return () if inputs.op.product is None else (inputs.op.product(inputs.sizes),)
-
-
-def _cuda_ceiling(dtype: str, product: tuple[ceiling.Shape, ...]) -> dict[str, Any]:
-    """As `ceiling.measure`, on the GPU through CuPy."""
-    import cupy
-
-    ticks = CudaClock()
-
-    def best(run: Callable[[], Any]) -> float:
-        ticks.milliseconds(run)
-        return min(ticks.milliseconds(run) for _ in range(10))
-
-    def multiply(m: int, k: int, n: int) -> float:
-        kind = "float16" if dtype == "bfloat16" else dtype  # CuPy's matmul has no bfloat16; GPUs do both at one rate
-        a, b = cupy.ones((m, k), kind), cupy.ones((k, n), kind)
-        return best(lambda: cupy.matmul(a, b))
-
-    size = 4096
-    source = cupy.ones(1 << 28, cupy.uint8)
-    return {
-        "gflops": 2 * size**3 / multiply(size, size, size) / 1e6,
-        "gbytes_s": 2 * source.nbytes / best(source.copy) / 1e6,
-        "products_ms": [many * multiply(m, k, n) for many, m, k, n in product],
-    }

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from dcn_kernels import environment
+
 SCHEMA = 1
 KIND = "dcn-bench profile"
 Record = dict[str, Any]
@@ -98,11 +100,9 @@ class BadRecord(ValueError):
 
 
 def make(rows: list[dict[str, Any]], settings: dict[str, Any], peers: dict[str, str]) -> Record:
-    """A record of rows measured now on this machine."""
-    from dcn_kernels import environment
-
+    """A checked record of rows measured now on this machine."""
     commit, dirty = environment.commit()
-    return {
+    made = {
         "schema": SCHEMA,
         "kind": KIND,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -110,9 +110,10 @@ def make(rows: list[dict[str, Any]], settings: dict[str, Any], peers: dict[str, 
         "versions": {**environment.versions(), **peers},
         "commit": commit,
         "dirty": dirty,
-        "settings": settings,
+        "settings": {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()},
         "rows": rows,
     }
+    return check(made, "the record of this run")
 
 
 def check(record: Any, name: str = "record") -> Record:

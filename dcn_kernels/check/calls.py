@@ -40,8 +40,8 @@ def reduction_length(op: Op, sizes: dict[str, int], direction: str, elements: in
 def relative_error(got: np.ndarray, want: np.ndarray) -> tuple[float, tuple[int, ...]]:
     """The error of `got` and the index of its worst element.
 
-    The larger of the worst element's error over the largest element wanted, and of the errors' root mean square over
-    that of the wanted: rounding hides a factor close to 1 in the first, not in the second.
+    The larger of two ratios: the worst element's error over the largest element of `want`, and the errors' root mean
+    square over that of `want`. A result scaled by a factor close to 1 may pass the first as rounding, not the second.
     """
     got, want = np.asarray(got).astype(np.float64), np.asarray(want).astype(np.float64)
     if got.shape != want.shape:

@@ -255,9 +255,9 @@ class Case:
         error = abs(left - right) / size if np.isfinite(left - right) else np.inf
         bound = self.bound(array.size)
         if backend.startswith("cuda") and "weight" in self.op.arrays and DTYPES[self.dtype] in HALVES:
-            # Both sums are of terms whose roundings are independent. Elsewhere a term is rounded once, with the result
-            # that it comes from. Matrix units of a half type take the samples rounded to it, so a term is rounded
-            # twice, by as much each time: twice the variance.
+            # `left` and `right` are sums of terms, each with a rounding error of its own. The bound is for terms that
+            # are rounded once, when a result is stored. Matrix units read half types, so there the samples are
+            # rounded a second time, before the product: twice the variance of the error, sqrt(2) times its size.
             bound *= sqrt(2)
         return Finding("adjoint", self.sample.label, error, bound, (), right, left)
 
@@ -266,7 +266,7 @@ class Case:
 
 
 def not_written(op: Op, backend: str) -> str:
-    """Why a backend has no gradient of this operator, or an empty string. One that fails to import is no such case."""
+    """Why a backend lacks an operator, or "" where it has it. A module that fails to import counts as written."""
     name = module_of(op, backend)
     try:
         if not _exists(name):

@@ -167,7 +167,7 @@ def self_test(
 
 
 def _before(cases: list[Case], backend: str, argument: str, seed: int) -> str:
-    """What is wrong before anything is planted: a fault that is noticed then proves nothing."""
+    """What fails before anything is planted: where something does, noticing a fault proves nothing."""
     try:
         caught = _caught(cases, backend, argument, seed)
     except Exception as error:  # of the operator: a failed row, not the end of the table

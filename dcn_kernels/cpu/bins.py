@@ -27,10 +27,10 @@ _intrinsic: Any = intrinsic  # to a type checker a call of one lacks its first a
 
 
 @_intrinsic
-def peek(typingctx, like, address):  # type: ignore[no-untyped-def]
+def peek(typingctx, like, address):
     """The number of the type of `like` at `address`."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         kind = context.get_value_type(like)
         size = 4 if like == types.float32 else 8
         return builder.load(builder.inttoptr(args[1], kind.as_pointer()), align=size)
@@ -39,10 +39,10 @@ def peek(typingctx, like, address):  # type: ignore[no-untyped-def]
 
 
 @_intrinsic
-def poke(typingctx, address, value):  # type: ignore[no-untyped-def]
+def poke(typingctx, address, value):
     """Store a number at `address`."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         size = 4 if value == types.float32 else 8
         builder.store(args[1], builder.inttoptr(args[0], args[1].type.as_pointer()), align=size)
         return context.get_dummy_value()
@@ -58,7 +58,7 @@ _WHOLE = 2.0**40  # up to here bins of whole pixels are exact in int64; beyond, 
 
 
 @exact
-def half_away(v):  # type: ignore[no-untyped-def]
+def half_away(v):
     """Round half away from zero."""
     whole = np.trunc(v)
     if abs(v - whole) >= 0.5:
@@ -67,14 +67,14 @@ def half_away(v):  # type: ignore[no-untyped-def]
 
 
 @exact
-def scaled(v, scale):  # type: ignore[no-untyped-def]
+def scaled(v, scale):
     """v * scale, cut to where arithmetic with it cannot overflow."""
     far = type(v)(_FAR)
     return min(max(v * scale, -far), far)
 
 
 @exact
-def start_and_size(rule, low, high, scale):  # type: ignore[no-untyped-def]
+def start_and_size(rule, low, high, scale):
     """Where a RoI starts on the map, and how long it is."""
     stay_apart()
     real = type(low)
@@ -99,7 +99,7 @@ def start_and_size(rule, low, high, scale):  # type: ignore[no-untyped-def]
 
 
 @exact
-def whole_bin(start, size, bins, i):  # type: ignore[no-untyped-def]
+def whole_bin(start, size, bins, i):
     """Eq. 5: [start + floor(i w/k), start + ceil((i+1) w/k)), as float64."""
     if size <= _WHOLE and abs(start) <= _WHOLE:
         first = np.int64(start) + i * np.int64(size) // bins
@@ -110,7 +110,7 @@ def whole_bin(start, size, bins, i):  # type: ignore[no-untyped-def]
 
 
 @exact
-def pooled_bin(rule, start, size, bins, i, length):  # type: ignore[no-untyped-def]
+def pooled_bin(rule, start, size, bins, i, length):
     """(first, last, number): the map's pixels of a pooled bin, and how many its mean counts."""
     stay_apart()
     real = type(start)
@@ -135,7 +135,7 @@ def pooled_bin(rule, start, size, bins, i, length):  # type: ignore[no-untyped-d
 
 
 @exact
-def touching(first, spacing, number, length, eps):  # type: ignore[no-untyped-def]
+def touching(first, spacing, number, length, eps):
     """(low, high): the k of low <= k < high are those of 0 <= k < number whose point may touch the map."""
     if spacing == 0:
         return 0.0, number
@@ -147,7 +147,7 @@ def touching(first, spacing, number, length, eps):  # type: ignore[no-untyped-de
 
 
 @exact
-def add_line(itemsize, n, line, weight, slope, index, weights, slopes):  # type: ignore[no-untyped-def]
+def add_line(itemsize, n, line, weight, slope, index, weights, slopes):
     """Add to a line's weight and slope; it is one of the last two or a new one. Returns the number of lines."""
     for back in (1, 2):
         i = n - back
@@ -162,7 +162,7 @@ def add_line(itemsize, n, line, weight, slope, index, weights, slopes):  # type:
 
 
 @exact
-def add_point(itemsize, n, v, length, clamped, weight, slope, index, weights, slopes):  # type: ignore[no-untyped-def]
+def add_point(itemsize, n, v, length, clamped, weight, slope, index, weights, slopes):
     """Add the cell of a coordinate: `weight` 1 or 0 where it counts or not, `slope` 1 or 0 where it moves.
 
     The line is clamped, not the coordinate: from 2^24 on float32 cannot tell length - 1 from lines off the map.
@@ -181,7 +181,7 @@ def add_point(itemsize, n, v, length, clamped, weight, slope, index, weights, sl
 
 
 @exact
-def lines(rule, ratio, start, size, bins, i, shift, length, itemsize, index, weights, slopes):  # type: ignore[no-untyped-def]
+def lines(rule, ratio, start, size, bins, i, shift, length, itemsize, index, weights, slopes):
     """The lines of pixels that bin i touches, into the lists at three addresses: (how many, its points or pixels).
 
     `shift` moves the bin's points; it is not NaN.

@@ -46,7 +46,7 @@ SHAPE_FIELDS = len(Shape._fields)
 
 
 @spliced
-def shape_from(numbers):  # type: ignore[no-untyped-def]
+def shape_from(numbers):
     """The Shape at the start of a call's numbers."""
     return Shape(*to_fixed_tuple(numbers[:SHAPE_FIELDS], SHAPE_FIELDS))
 
@@ -61,7 +61,7 @@ class Wanted(NamedTuple):
 
 
 @inner
-def load_filter(s, weight, o, channel, count, line, at):  # type: ignore[no-untyped-def]
+def load_filter(s, weight, o, channel, count, line, at):
     """line[at + c*K + k] = weight[o, channel + c, k] for `count` channels."""
     stay_apart()
     taps = s.KH * s.KW
@@ -76,7 +76,7 @@ def load_filter(s, weight, o, channel, count, line, at):  # type: ignore[no-unty
 
 
 @inner
-def positions(s, offset, mask, n, g, k, start, count, y, x, m):  # type: ignore[no-untyped-def]
+def positions(s, offset, mask, n, g, k, start, count, y, x, m):
     """y, x, m of tap k of offset group g at `count` output pixels of image n from `start`: p0 + p_k + dp_k."""
     stay_apart()
     taps = s.KH * s.KW
@@ -109,7 +109,7 @@ def positions(s, offset, mask, n, g, k, start, count, y, x, m):  # type: ignore[
 
 
 @inner
-def sample_columns(s, source, index, weight, row, count, columns, column):  # type: ignore[no-untyped-def]
+def sample_columns(s, source, index, weight, row, count, columns, column):
     """columns[p, column : column + lanes] = sum_q w_q x_q for `count` pixels, by one row of the corner table."""
     stay_apart()
     itemsize = columns.itemsize
@@ -125,7 +125,7 @@ def sample_columns(s, source, index, weight, row, count, columns, column):  # ty
 
 
 @inner
-def sample_gradients(s, wanted, source, target, index, weight, row, count, grad_columns, columns, column, part):  # type: ignore[no-untyped-def]
+def sample_gradients(s, wanted, source, target, index, weight, row, count, grad_columns, columns, column, part):
     """For `count` samples of one unit: their columns, their four dots, and their share of grad_input."""
     stay_apart()
     itemsize = columns.itemsize
@@ -158,7 +158,7 @@ def sample_gradients(s, wanted, source, target, index, weight, row, count, grad_
 
 
 @inner
-def write_coordinate_gradients(  # type: ignore[no-untyped-def]
+def write_coordinate_gradients(
     s, limits, offset, mask, n, g, k, start, count, part, row, at, grad_offset, grad_mask, lines
 ):  # fmt: skip
     """grad_offset and grad_mask of one tap at `count` pixels: the ranges' dots from part[row, at] on, added up."""

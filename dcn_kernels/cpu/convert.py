@@ -38,10 +38,10 @@ def kind(array: np.ndarray) -> int:
 
 def _reader(code: int) -> Any:
     @intrinsic
-    def read(typingctx, address, i, like):  # type: ignore[no-untyped-def]
+    def read(typingctx, address, i, like):
         """Element i of those at `address`, in the type of `like`."""
 
-        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        def codegen(context, builder, signature, args):
             f32 = ir.FloatType()
             if code == BF16:
                 start = builder.inttoptr(args[0], ir.IntType(16).as_pointer())
@@ -64,10 +64,10 @@ def _reader(code: int) -> Any:
 
 def _writer(code: int) -> Any:
     @intrinsic
-    def write(typingctx, address, i, value):  # type: ignore[no-untyped-def]
+    def write(typingctx, address, i, value):
         """Store `value` as element i of those at `address`, rounded to nearest even."""
 
-        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        def codegen(context, builder, signature, args):
             f32, i32 = ir.FloatType(), ir.IntType(32)
             if code == BF16:
                 number = _cast(builder, args[2], f32)
@@ -165,10 +165,10 @@ _write_f16, _write_bf16, _write_f32, _write_f64 = (_writer(code) for code in (F1
 
 
 @intrinsic
-def address_of(typingctx, array, i, j):  # type: ignore[no-untyped-def]
+def address_of(typingctx, array, i, j):
     """The address of array[i, j, 0, ...], or of array[i] where there is one axis; a slice would compile far slower."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         struct = context.make_array(signature.args[0])(context, builder, args[0])
         at = builder.ptrtoint(struct.data, ir.IntType(64))
         for axis, step in enumerate(args[1 : 1 + min(2, array.ndim)]):
@@ -180,10 +180,10 @@ def address_of(typingctx, array, i, j):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def _fetch(typingctx, address):  # type: ignore[no-untyped-def]
+def _fetch(typingctx, address):
     """Ask for the cache line at `address`; any address will do."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         i32, byte = ir.IntType(32), ir.IntType(8).as_pointer()
         kind = ir.FunctionType(ir.VoidType(), [byte, i32, i32, i32])
         prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
@@ -195,10 +195,10 @@ def _fetch(typingctx, address):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def clear(typingctx, address, length):  # type: ignore[no-untyped-def]
+def clear(typingctx, address, length):
     """Set `length` bytes from `address` on to 0."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         byte = ir.IntType(8).as_pointer()
         kind = ir.FunctionType(ir.VoidType(), [byte, ir.IntType(8), ir.IntType(64), ir.IntType(1)])
         memset = cgutils.get_or_insert_function(builder.module, kind, "llvm.memset.p0.i64")
@@ -210,14 +210,14 @@ def clear(typingctx, address, length):  # type: ignore[no-untyped-def]
 
 
 @spliced
-def fetch_run(address, length):  # type: ignore[no-untyped-def]
+def fetch_run(address, length):
     """Ask for `length` bytes that will be read soon and lie far from the last ones, where no machine guesses them."""
     for at in range(address, address + min(length, FETCHED), 64):
         _fetch(at)
 
 
 @inner
-def load_run(to, start, address, stride, count, code):  # type: ignore[no-untyped-def]
+def load_run(to, start, address, stride, count, code):
     """to[start : start + count] = the elements at address, address + stride, ... (bytes), of dtype `code`."""
     stay_apart()
     like = to[0]
@@ -248,7 +248,7 @@ def load_run(to, start, address, stride, count, code):  # type: ignore[no-untype
 
 
 @inner
-def store_run(values, start, count, address, code):  # type: ignore[no-untyped-def]
+def store_run(values, start, count, address, code):
     """Write values[start : start + count] to consecutive elements of dtype `code` at address."""
     stay_apart()
     run = values[start : start + count]

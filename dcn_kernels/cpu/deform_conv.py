@@ -32,7 +32,7 @@ FILTERS = 8  # packed together
 
 
 @inner
-def pack_weights(s, weight, group, j, slabs, of_group, packed, lines):  # type: ignore[no-untyped-def]
+def pack_weights(s, weight, group, j, slabs, of_group, packed, lines):
     """Output channels j .. j + panel of one group as panels [pass][unit, lane][o] of the product's operand B."""
     stay_apart()
     taps, per_group = s.KH * s.KW, s.O // s.groups
@@ -64,7 +64,7 @@ def pack_weights(s, weight, group, j, slabs, of_group, packed, lines):  # type: 
 
 
 @inner
-def write_tile(s, sums, bias, out, n, o, count, start, length, block):  # type: ignore[no-untyped-def]
+def write_tile(s, sums, bias, out, n, o, count, start, length, block):
     """out[n, o : o + count, start : start + length] = sums^T + bias; out is C-contiguous."""
     stay_apart()
     pixels = s.OH * s.OW
@@ -86,7 +86,7 @@ def write_tile(s, sums, bias, out, n, o, count, start, length, block):  # type: 
 
 
 @kernel
-def forward_worker(  # type: ignore[no-untyped-def]
+def forward_worker(
     thread, threads, sync,
     numbers,  # a Shape and six Arrays: one array of numbers costs a call far less than 60 of them
     slabs, of_group, limits,

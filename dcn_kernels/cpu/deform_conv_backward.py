@@ -32,7 +32,7 @@ from dcn_kernels.cpu.threads import barrier, claim, join, leave
 
 
 @inner
-def stage_grad_output(s, grad, n, start, count, slot, staged_grad, block):  # type: ignore[no-untyped-def]
+def stage_grad_output(s, grad, n, start, count, slot, staged_grad, block):
     """staged_grad[o // DEPTH, slot + p, o % DEPTH] = grad[n, o, start + p]: the operand A of both products.
 
     Zeros up to whole blocks of the products: garbage there would be multiplied too, and denormals slowly.
@@ -55,7 +55,7 @@ def stage_grad_output(s, grad, n, start, count, slot, staged_grad, block):  # ty
 
 
 @inner
-def pack_slab(s, weight, group, first, count, k0, k1, to_columns, packed, line):  # type: ignore[no-untyped-def]
+def pack_slab(s, weight, group, first, count, k0, k1, to_columns, packed, line):
     """The weights of one slab and taps k0 .. k1 as the operand B of grad_output times weight.
 
     Panels [part of o][column / panel][o][panel], column = (k - k0)*lanes + c; the parts are those of staged_grad.
@@ -87,7 +87,7 @@ def pack_slab(s, weight, group, first, count, k0, k1, to_columns, packed, line):
 
 
 @inner
-def add_weight_gradient(s, slab_grad, group, first, count, k0, k1, grad_weight):  # type: ignore[no-untyped-def]
+def add_weight_gradient(s, slab_grad, group, first, count, k0, k1, grad_weight):
     """grad_weight[o, c, k] += slab_grad[row of o, (k - k0)*lanes + c]; each part of o starts a multiple of MR rows."""
     stay_apart()
     per_group, taps, per_group_in = s.O // s.groups, s.KH * s.KW, s.C // s.groups
@@ -105,7 +105,7 @@ def add_weight_gradient(s, slab_grad, group, first, count, k0, k1, grad_weight):
 
 
 @inner
-def slab_backward(  # type: ignore[no-untyped-def]
+def slab_backward(
     s, wanted, weight, slabs, slab, image, first_tile, last_tile, tiles, staged, grad_staged, staged_grad,
     index, factor, part, grad_weight, packed, slab_grad, grad_column, column, line,
 ):  # fmt: skip
@@ -168,7 +168,7 @@ def slab_backward(  # type: ignore[no-untyped-def]
 
 
 @inner
-def sum_bias(s, grad, o, grad_bias, block):  # type: ignore[no-untyped-def]
+def sum_bias(s, grad, o, grad_bias, block):
     """grad_bias[o] = the sum of grad over images and pixels, in pieces so that rounding errors stay small."""
     stay_apart()
     total = np.float64(0)
@@ -185,7 +185,7 @@ def sum_bias(s, grad, o, grad_bias, block):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def backward_worker(  # type: ignore[no-untyped-def]
+def backward_worker(
     thread, threads, sync,
     numbers,  # a Shape, a Wanted and ten Arrays
     slabs, of_offset, limits,

@@ -79,11 +79,11 @@ def _tile(vectors: int, across: bool) -> Any:
     a_row, a_step = (1, LDA) if across else (LDA, 1)
 
     @intrinsic
-    def tile(typingctx, like, a, b, b_step, c, ldc, depth):  # type: ignore[no-untyped-def]
+    def tile(typingctx, like, a, b, b_step, c, ldc, depth):
         """c[MR, columns] += a b; addresses in bytes, steps in elements; `like` is any value of the type."""
         signature = types.void(like, *[types.intp] * 6)
 
-        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        def codegen(context, builder, signature, args):
             _, a, b, b_step, c, ldc, depth = args
             element, itemsize = _element(signature.args[0])
             width = VECTOR_BYTES // itemsize
@@ -94,15 +94,15 @@ def _tile(vectors: int, across: bool) -> Any:
             )
             ap, bp, cp = (builder.inttoptr(address, element.as_pointer()) for address in (a, b, c))
 
-            def at(pointer, *indices):  # type: ignore[no-untyped-def]
+            def at(pointer, *indices):
                 for index in indices:
                     pointer = builder.gep(pointer, [ir.Constant(i64, index) if isinstance(index, int) else index])
                 return pointer
 
-            def load(pointer):  # type: ignore[no-untyped-def]
+            def load(pointer):
                 return builder.load(builder.bitcast(pointer, run.as_pointer()), align=itemsize)
 
-            def spread(pointer):  # type: ignore[no-untyped-def]
+            def spread(pointer):
                 one = builder.insert_element(ir.Constant(run, ir.Undefined), builder.load(pointer), ir.Constant(i32, 0))
                 zeros = ir.Constant(ir.VectorType(i32, width), [0] * width)
                 return builder.shuffle_vector(one, ir.Constant(run, ir.Undefined), zeros)
@@ -148,7 +148,7 @@ _across_wide, _across_narrow = _tile(COLUMN_VECTORS, True), _tile(1, True)
 
 
 @inner
-def rows_by_panels(like, itemsize, a, rows, depth, b, columns, c, ldc):  # type: ignore[no-untyped-def]
+def rows_by_panels(like, itemsize, a, rows, depth, b, columns, c, ldc):
     """C[rows, columns] += A[rows, depth] B, with B in panels [columns/NR][depth][NR].
 
     a, b, c are addresses; rows is rounded up to MR; columns is a multiple of VECTOR, and the last panel is one VECTOR
@@ -171,7 +171,7 @@ def rows_by_panels(like, itemsize, a, rows, depth, b, columns, c, ldc):  # type:
 
 
 @inner
-def columns_by_rows(like, itemsize, a, rows, depth, b, columns, c, ldc):  # type: ignore[no-untyped-def]
+def columns_by_rows(like, itemsize, a, rows, depth, b, columns, c, ldc):
     """C[rows, columns] += A[depth, rows]^T B[depth, columns], A and B in rows LDA long.
 
     a, b, c are addresses; rows is rounded up to MR, columns a multiple of VECTOR, depth at least 1.

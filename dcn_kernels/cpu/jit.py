@@ -10,10 +10,13 @@ from __future__ import annotations
 import glob
 import hashlib
 import logging
+import os
 import pickle
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from queue import SimpleQueue
 from types import CodeType, FunctionType, SimpleNamespace
 from typing import Any
 
@@ -25,6 +28,7 @@ from numba import types
 from numba.core.caching import FunctionCache, IndexDataCacheFile, NullCache
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler
+from numba.core.compiler_lock import global_compiler_lock
 from numba.core.registry import CPUDispatcher, cpu_target
 from numba.extending import intrinsic as _intrinsic
 from numba.np.unsafe.ndarray import to_fixed_tuple as _to_fixed_tuple
@@ -40,6 +44,7 @@ if vars(numba.config)["DISABLE_JIT"]:  # the kernels' own instructions are LLVM'
 intrinsic: Any = _intrinsic
 to_fixed_tuple: Any = _to_fixed_tuple
 _njit: Any = numba.njit  # not all of its options are in its signature
+_compile_for_args: Any = CPUDispatcher._compile_for_args  # type: ignore[attr-defined]
 
 # Contraction lets loops use fused multiply-add. No reassociation: the vectors of a loop and its remainder would round
 # differently, and results would depend on where a tile begins, which follows the number of threads. No flag that
@@ -131,7 +136,9 @@ class _Files(IndexDataCacheFile):
         path = self._path(key)
         try:
             text = path.read_bytes()
-        except OSError:
+        except OSError as error:
+            if error.errno is None:  # not the system's: a TimeoutError, say, that a handler of a signal raised
+                raise
             return None
         head, data = text[:32], text[32:]
         if head != hashlib.sha256(path.name.encode() + data).digest():
@@ -162,17 +169,19 @@ class _FolderCache(FunctionCache):
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:
             found = super().load_overload(sig, target_context)
-        except Exception as error:
+        except (pickle.UnpicklingError, EOFError, ImportError, AttributeError) as error:  # the caller's others pass
             _log.warning("%s: what is kept in %s cannot be used: %r", self._py_func.__name__, self.cache_path, error)
             found = None
         if found is None:
-            _say(self._py_func, f"once; kept in {self.cache_path}")
+            _say(self._py_func, f"once, and keeps it in {self.cache_path}")
         return found
 
     def save_overload(self, sig: Any, data: Any) -> None:
         try:
             super().save_overload(sig, data)
         except OSError as error:  # the disk is full, the folder is gone
+            if error.errno is None:
+                raise
             _log.warning("%s cannot be kept in %s: %s", self._py_func.__name__, self.cache_path, error)
 
 
@@ -183,16 +192,59 @@ class _NoCache(NullCache):
         self._py_func = function
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
-        _say(self._py_func, "in every process: no folder is writable to keep it; NUMBA_CACHE_DIR can name one")
+        _say(self._py_func, "in every process: no folder is writable to keep it in; NUMBA_CACHE_DIR can name one")
 
 
-def _say(function: Callable[..., Any], where: str) -> None:
-    _log.warning("compiling %s.%s, %s", function.__module__.rpartition(".")[2], function.__name__, where)
+def _say(function: Callable[..., Any], kept: str) -> None:
+    # the published records say 2 to 11 s
+    kernel = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
+    _log.warning("dcn_kernels compiles %s for this processor, about 2 to 12 seconds, %s", kernel, kept)
+
+
+class _Kernel(CPUDispatcher):
+    """Loads and compiles in a thread of its own, where no handler of a signal runs and no recursion has begun.
+
+    An exception half-way through would leave Numba's registries broken for all kernels. So the caller alone gets it,
+    at once, while the work goes on for the next call.
+    """
+
+    def _compile_for_args(self, *args: Any, **kws: Any) -> Any:
+        done: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
+
+        def work() -> None:
+            try:
+                with global_compiler_lock:  # whoever comes second finds it done
+                    result = _compile_for_args(self, *args, **kws), None
+            except BaseException as error:
+                done.put((None, error))
+            else:
+                done.put(result)
+
+        try:
+            threading.Thread(target=work, name=f"compiles {self.py_func.__name__}").start()
+        except RuntimeError:  # the system starts no more
+            work()
+        entry, error = done.get()
+        try:
+            if error is not None:
+                raise error
+        finally:
+            del error  # which its traceback leads back to
+        return entry
+
+
+# A child that is forked while a thread compiles would wait for that thread, which it does not have.
+os.register_at_fork(
+    before=global_compiler_lock.acquire,
+    after_in_parent=global_compiler_lock.release,
+    after_in_child=global_compiler_lock.release,
+)
 
 
 def kernel(function: Callable[..., Any]) -> Any:
     """Compile a worker that Python calls: without the GIL, cached on disk."""
     dispatcher: Any = _njit(**OPTIONS, nogil=True, no_cfunc_wrapper=True)(function)
+    dispatcher.__class__ = _Kernel
     try:
         dispatcher._cache = _FolderCache(function)
     except RuntimeError:  # no writable folder
@@ -250,10 +302,10 @@ def spliced(function: Callable[..., Any]) -> Any:
 
 
 @intrinsic
-def stay_apart(typingctx):  # type: ignore[no-untyped-def]
+def stay_apart(typingctx):
     """Keep the function that says this from being inlined: its callers then compile several times faster."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         builder.function.attributes.add("noinline")
         return context.get_dummy_value()
 

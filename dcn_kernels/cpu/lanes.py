@@ -83,11 +83,11 @@ class _Emit:
 
 def _blend(lanes: int) -> Any:
     @intrinsic
-    def blend(typingctx, to, x, i00, i01, i10, i11, w00, w01, w10, w11):  # type: ignore[no-untyped-def]
+    def blend(typingctx, to, x, i00, i01, i10, i11, w00, w01, w10, w11):
         real = w00
         signature = types.void(*[types.intp] * 6, *[real] * 4)
 
-        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        def codegen(context, builder, signature, args):
             e = _Emit(builder, real, lanes)
             total = None
             for pixel, weight in zip(args[2:6], args[6:10], strict=True):
@@ -103,11 +103,11 @@ def _blend(lanes: int) -> Any:
 
 def _dots(lanes: int) -> Any:
     @intrinsic
-    def dots(typingctx, like, part, g, x, i00, i01, i10, i11):  # type: ignore[no-untyped-def]
+    def dots(typingctx, like, part, g, x, i00, i01, i10, i11):
         real = like
         signature = types.void(real, *[types.intp] * 7)
 
-        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        def codegen(context, builder, signature, args):
             e = _Emit(builder, real, lanes)
             run = e.load(e.pointer(args[2]))
             products = [builder.fmul(run, e.load(e.pointer(args[3], pixel))) for pixel in args[4:8]]
@@ -122,11 +122,11 @@ def _dots(lanes: int) -> Any:
 
 def _spread(lanes: int) -> Any:
     @intrinsic
-    def spread(typingctx, g, y, i00, i01, i10, i11, w00, w01, w10, w11):  # type: ignore[no-untyped-def]
+    def spread(typingctx, g, y, i00, i01, i10, i11, w00, w01, w10, w11):
         real = w00
         signature = types.void(*[types.intp] * 6, *[real] * 4)
 
-        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        def codegen(context, builder, signature, args):
             e = _Emit(builder, real, lanes)
             run = e.load(e.pointer(args[0]))
             for pixel, weight in zip(args[2:6], args[6:10], strict=True):  # in order: corners may coincide
@@ -141,14 +141,14 @@ def _spread(lanes: int) -> Any:
 
 def _transpose(lanes: int) -> Any:
     @intrinsic
-    def transpose(typingctx, like, source, source_row, target, target_row):  # type: ignore[no-untyped-def]
+    def transpose(typingctx, like, source, source_row, target, target_row):
         """target[j, i] = source[i, j] for lanes x lanes elements; rows are so many elements apart."""
         signature = types.void(like, *[types.intp] * 4)
 
-        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        def codegen(context, builder, signature, args):
             e = _Emit(builder, like, lanes)
 
-            def place(base, row, i):  # type: ignore[no-untyped-def]
+            def place(base, row, i):
                 step = builder.mul(row, ir.Constant(_I64, i * e.itemsize))
                 return e.pointer(builder.add(base, step))
 

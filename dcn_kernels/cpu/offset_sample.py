@@ -25,7 +25,7 @@ RANGES = 8  # owners, at least, of an image with few offset groups
 
 
 @inner
-def read_plane(plane, index, weight, count, values):  # type: ignore[no-untyped-def]
+def read_plane(plane, index, weight, count, values):
     """values[p] = sum_q w_q x(q)."""
     stay_apart()
     for p in range(count):
@@ -35,7 +35,7 @@ def read_plane(plane, index, weight, count, values):  # type: ignore[no-untyped-
 
 
 @inner
-def add_dots(plane, index, g, count, dots):  # type: ignore[no-untyped-def]
+def add_dots(plane, index, g, count, dots):
     """dots[p, q] += g[p] x(q)."""
     stay_apart()
     for p in range(count):
@@ -44,7 +44,7 @@ def add_dots(plane, index, g, count, dots):  # type: ignore[no-untyped-def]
 
 
 @inner
-def add_to_plane(grad_plane, index, weight, g, count):  # type: ignore[no-untyped-def]
+def add_to_plane(grad_plane, index, weight, g, count):
     """grad_x(q) += w_q g[p]."""
     stay_apart()
     for p in range(count):
@@ -53,7 +53,7 @@ def add_to_plane(grad_plane, index, weight, g, count):  # type: ignore[no-untype
 
 
 @kernel
-def forward_worker(  # type: ignore[no-untyped-def]
+def forward_worker(
     thread, threads, sync,
     numbers,  # a Shape and four Arrays
     limits,
@@ -91,7 +91,7 @@ def forward_worker(  # type: ignore[no-untyped-def]
 
 
 @kernel
-def backward_worker(  # type: ignore[no-untyped-def]
+def backward_worker(
     thread, threads, sync,
     numbers,  # a Shape and six Arrays
     limits,

@@ -16,7 +16,7 @@ from dcn_kernels.cpu.slabs import load_pixels
 
 
 @inner
-def load_planes(lanes, array, base, planes, row_length, length, to, at, line, line_at):  # type: ignore[no-untyped-def]
+def load_planes(lanes, array, base, planes, row_length, length, to, at, line, line_at):
     """to[at:] = `length` elements of each of `planes` planes, the first at address `base`."""
     stay_apart()
     zero, itemsize = line.dtype.type(0), line.itemsize
@@ -42,7 +42,7 @@ def load_planes(lanes, array, base, planes, row_length, length, to, at, line, li
 
 
 @inner
-def store_planes(lanes, values, at, planes, length, to, base, line, line_at):  # type: ignore[no-untyped-def]
+def store_planes(lanes, values, at, planes, length, to, base, line, line_at):
     """The inverse of load_planes, into C-contiguous planes."""
     stay_apart()
     zero, itemsize = line.dtype.type(0), line.itemsize
@@ -63,7 +63,7 @@ def store_planes(lanes, values, at, planes, length, to, base, line, line_at):  #
 
 
 @inner
-def turn_in(like, itemsize, source, plane, length, target):  # type: ignore[no-untyped-def]
+def turn_in(like, itemsize, source, plane, length, target):
     """The 16 x `length` numbers at `source`, rows `plane` bytes apart, as `length` x 16 at `target`."""
     stay_apart()
     whole = length // LANES * LANES
@@ -75,7 +75,7 @@ def turn_in(like, itemsize, source, plane, length, target):  # type: ignore[no-u
 
 
 @inner
-def turn_out(like, itemsize, source, length, target, plane):  # type: ignore[no-untyped-def]
+def turn_out(like, itemsize, source, length, target, plane):
     """The inverse of turn_in."""
     stay_apart()
     whole = length // LANES * LANES
@@ -87,7 +87,7 @@ def turn_out(like, itemsize, source, length, target, plane):  # type: ignore[no-
 
 
 @spliced
-def load_block(s, input, n, c0, count, to, at, line, line_at):  # type: ignore[no-untyped-def]
+def load_block(s, input, n, c0, count, to, at, line, line_at):
     """Stage the maps of output channels c0 .. c0 + count of image n at to[at:]."""
     maps = s.groups_h * s.groups_w
     base = input.address + n * input.s0 + c0 * maps * input.s1
@@ -95,7 +95,7 @@ def load_block(s, input, n, c0, count, to, at, line, line_at):  # type: ignore[n
 
 
 @spliced
-def store_block(s, values, at, n, c0, count, to, line, line_at):  # type: ignore[no-untyped-def]
+def store_block(s, values, at, n, c0, count, to, line, line_at):
     """The inverse of load_block, into a C-contiguous array."""
     maps = s.groups_h * s.groups_w
     base = to.address + n * to.s0 + c0 * maps * to.s1
@@ -103,20 +103,20 @@ def store_block(s, values, at, n, c0, count, to, line, line_at):  # type: ignore
 
 
 @spliced
-def load_pooled(s, grad, r, c0, count, pooled, at, line, line_at):  # type: ignore[no-untyped-def]
+def load_pooled(s, grad, r, c0, count, pooled, at, line, line_at):
     """pooled[at:] = the gradients of one RoI's output channels c0 .. c0 + count, as [slab, bin, lane]."""
     base = grad.address + r * grad.s0 + c0 * grad.s1
     load_planes(s.lanes, grad, base, count, s.PW, s.PH * s.PW, pooled, at, line, line_at)
 
 
 @spliced
-def store_pooled(s, pooled, at, r, c0, count, out, line, line_at):  # type: ignore[no-untyped-def]
+def store_pooled(s, pooled, at, r, c0, count, out, line, line_at):
     """out[r, c0 .. c0 + count] = pooled[slab, bin, lane]."""
     base = out.address + r * out.s0 + c0 * out.s1
     store_planes(s.lanes, pooled, at, count, s.PH * s.PW, out, base, line, line_at)
 
 
 @spliced
-def expect(array, r, c0, count):  # type: ignore[no-untyped-def]
+def expect(array, r, c0, count):
     """Ask for one RoI's channels c0 .. c0 + count, which will be read or written soon: no machine guesses where."""
     fetch_run(array.address + r * array.s0 + c0 * array.s1, count * abs(array.s1))

@@ -61,8 +61,8 @@ class _Grid(_Emit):
 
 def _grid_mean(slabs: int) -> Any:
     @_intrinsic
-    def grid_mean(typingctx, to, to_step, x, x_step, width, rows, wy, nrows, columns, wx, ncolumns, scale):  # type: ignore[no-untyped-def]
-        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def grid_mean(typingctx, to, to_step, x, x_step, width, rows, wy, nrows, columns, wx, ncolumns, scale):
+        def codegen(context, builder, signature, args):
             to, to_step, x, x_step, width, rows, wy, nrows, columns, wx, ncolumns, scale = args
             e = _Grid(builder, signature.args[-1], LANES)
             maps = e.apart(x, x_step, slabs)
@@ -91,8 +91,8 @@ def _grid_mean(slabs: int) -> Any:
 
 def _grid_spread(slabs: int) -> Any:
     @_intrinsic
-    def grid_spread(typingctx, g, g_step, x, x_step, width, rows, wy, nrows, columns, wx, ncolumns, scale):  # type: ignore[no-untyped-def]
-        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def grid_spread(typingctx, g, g_step, x, x_step, width, rows, wy, nrows, columns, wx, ncolumns, scale):
+        def codegen(context, builder, signature, args):
             g, g_step, x, x_step, width, rows, wy, nrows, columns, wx, ncolumns, scale = args
             e = _Grid(builder, signature.args[-1], LANES)
             share, maps = e.everywhere(scale), e.apart(x, x_step, slabs)
@@ -114,10 +114,8 @@ def _grid_spread(slabs: int) -> Any:
 
 def _grid_dots(slabs: int) -> Any:
     @_intrinsic
-    def grid_dots(  # type: ignore[no-untyped-def]
-        typingctx, like, part, g, g_step, x, x_step, width, rows, wy, sy, nrows, columns, wx, sx, ncolumns
-    ):
-        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def grid_dots(typingctx, like, part, g, g_step, x, x_step, width, rows, wy, sy, nrows, columns, wx, sx, ncolumns):
+        def codegen(context, builder, signature, args):
             _, part, g, g_step, x, x_step, width, rows, wy, sy, nrows, columns, wx, sx, ncolumns = args
             e = _Grid(builder, signature.args[0], LANES)
             maps = e.apart(x, x_step, slabs)
@@ -155,10 +153,10 @@ def _grid_dots(slabs: int) -> Any:
 
 def _grid_max(slabs: int) -> Any:
     @_intrinsic
-    def grid_max(typingctx, like, to, to_step, x, x_step, width, top, bottom, left, right):  # type: ignore[no-untyped-def]
+    def grid_max(typingctx, like, to, to_step, x, x_step, width, top, bottom, left, right):
         """The maxima over a bin that is not empty; a NaN stays."""
 
-        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        def codegen(context, builder, signature, args):
             _, to, to_step, x, x_step, width, top, bottom, left, right = args
             e = _Grid(builder, signature.args[0], LANES)
             corner, maps = builder.add(builder.mul(top, width), left), e.apart(x, x_step, slabs)
@@ -185,10 +183,10 @@ def _grid_max(slabs: int) -> Any:
 
 
 @_intrinsic
-def grid_argmax(typingctx, like, to, argmax, x, width, top, bottom, left, right):  # type: ignore[no-untyped-def]
+def grid_argmax(typingctx, like, to, argmax, x, width, top, bottom, left, right):
     """The first maximum in row-major order over a bin that is not empty; a NaN stays."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         _, to, argmax, x, width, top, bottom, left, right = args
         e, i32 = _Grid(builder, signature.args[0], LANES), ir.IntType(32)
         index = ir.VectorType(i32, LANES)
@@ -265,10 +263,10 @@ RECT_LANES = 8
 
 
 @_intrinsic
-def rect_sum(typingctx, like, first, width, rows, columns):  # type: ignore[no-untyped-def]
+def rect_sum(typingctx, like, first, width, rows, columns):
     """The sum of `rows` x `columns` pixels from address `first` on; rows are `width` pixels apart."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         _, first, width, rows, columns = args
         e = _Rect(builder, signature.return_type, RECT_LANES)
         total = cgutils.alloca_once_value(builder, ir.Constant(e.run, [0.0] * e.lanes))
@@ -285,10 +283,10 @@ def rect_sum(typingctx, like, first, width, rows, columns):  # type: ignore[no-u
 
 
 @_intrinsic
-def rect_add(typingctx, value, first, width, rows, columns):  # type: ignore[no-untyped-def]
+def rect_add(typingctx, value, first, width, rows, columns):
     """Add `value` to `rows` x `columns` pixels from address `first` on."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         value, first, width, rows, columns = args
         e = _Rect(builder, signature.args[0], RECT_LANES)
         run, zero, step = e.everywhere(value), ir.Constant(_I64, 0), ir.Constant(_I64, RECT_LANES)

@@ -34,6 +34,7 @@ from dcn_kernels.cpu.roi_lanes import (
 )
 from dcn_kernels.cpu.slabs import Array
 from dcn_kernels.cpu.threads import claim, get_num_threads, join, leave, run
+from dcn_kernels.dispatch.memory import check
 from dcn_kernels.dispatch.roi_rules import Rule
 from dcn_kernels.dtypes import accumulator
 
@@ -76,26 +77,26 @@ class Wanted(NamedTuple):
 
 
 @spliced
-def slabs_of(channels):  # type: ignore[no-untyped-def]
+def slabs_of(channels):
     """How many slabs hold so many channels."""
     return (channels + LANES - 1) // LANES
 
 
 @inner
-def score_map(s, ph, pw):  # type: ignore[no-untyped-def]
+def score_map(s, ph, pw):
     """Which of a class's score maps bin (ph, pw) reads."""
     gh = min(ph * s.groups_h // s.PH, s.groups_h - 1)
     return gh * s.groups_w + min(pw * s.groups_w // s.PW, s.groups_w - 1)
 
 
 @exact
-def shift_and_reach(offset, factor, size):  # type: ignore[no-untyped-def]
+def shift_and_reach(offset, factor, size):
     """How far a bin moves, (offset * factor) * size, and the derivative of that."""
     return (offset * factor) * size, factor * size
 
 
 @spliced
-def extent(s, rois, r, scale):  # type: ignore[no-untyped-def]
+def extent(s, rois, r, scale):
     """Where a RoI starts and its size, along y and along x."""
     start_y, h = start_and_size(s.rule, rois[r, 2], rois[r, 4], scale)
     start_x, w = start_and_size(s.rule, rois[r, 1], rois[r, 3], scale)
@@ -103,7 +104,7 @@ def extent(s, rois, r, scale):  # type: ignore[no-untyped-def]
 
 
 @inner
-def bin_lines(s, box, factor, offset, r, cls, ph, pw, itemsize, cap, index, weight, slope, found, number):  # type: ignore[no-untyped-def]
+def bin_lines(s, box, factor, offset, r, cls, ph, pw, itemsize, cap, index, weight, slope, found, number):
     """The lines of bin (ph, pw): its columns in list pw, its rows in list PW; all arrays are addresses.
 
     Returns (1 / number, is it NaN, d x / d offset, d y / d offset). Bins must come in row-major order: without
@@ -143,7 +144,7 @@ def bin_lines(s, box, factor, offset, r, cls, ph, pw, itemsize, cap, index, weig
 
 
 @kernel
-def forward_worker(  # type: ignore[no-untyped-def]
+def forward_worker(
     thread, threads, sync, s, constants, units, order, first_of, rois, offset, mask, input, planes, out,
     staged, pooled, line, index, weight, slope, found, number,
 ):  # fmt: skip
@@ -221,7 +222,7 @@ def forward_worker(  # type: ignore[no-untyped-def]
 
 
 @exact  # a sum that may be reordered becomes vectors with gathers: slow for the few pixels of a bin
-def plane_mean(like, itemsize, plane, width, rows, wy, ny, columns, wx, nx):  # type: ignore[no-untyped-def]
+def plane_mean(like, itemsize, plane, width, rows, wy, ny, columns, wx, nx):
     """sum_ij wy_i wx_j plane[row_i, column_j]; lists and plane are addresses."""
     total = type(like)(0)
     for i in range(ny):
@@ -236,7 +237,7 @@ def plane_mean(like, itemsize, plane, width, rows, wy, ny, columns, wx, nx):  # 
 
 
 @kernel
-def backward_worker(  # type: ignore[no-untyped-def]
+def backward_worker(
     thread, threads, sync, s, wanted, constants, units, order, first_of, rois, offset, mask, input, planes, grad,
     grad_planes, grad_input, part_offset, part_mask, staged, grad_staged, pooled, line, dots, index, weight, slope,
     found, number,
@@ -350,7 +351,7 @@ def backward_worker(  # type: ignore[no-untyped-def]
 
 
 @exact
-def plane_dots(g, itemsize, plane, width, rows, wy, sy, ny, columns, wx, sx, nx, dot):  # type: ignore[no-untyped-def]
+def plane_dots(g, itemsize, plane, width, rows, wy, sy, ny, columns, wx, sx, nx, dot):
     """dot += g times the value and its derivatives by y and x."""
     value = slope_y = slope_x = type(g)(0)
     for i in range(ny):
@@ -369,7 +370,7 @@ def plane_dots(g, itemsize, plane, width, rows, wy, sy, ny, columns, wx, sx, nx,
 
 
 @exact
-def plane_spread(g, itemsize, plane, width, rows, wy, ny, columns, wx, nx):  # type: ignore[no-untyped-def]
+def plane_spread(g, itemsize, plane, width, rows, wy, ny, columns, wx, nx):
     """plane[row_i, column_j] += wy_i wx_j g."""
     for i in range(ny):
         row = plane + peek(ny, rows + i * 8) * width * itemsize
@@ -469,6 +470,8 @@ def plan(
         int(offset is not None), int(mask is not None), lanes, block, int(direct), chunks,
     )  # fmt: skip
     nothing = np.empty((1, 1, 1, 1), real)
+    shifts = sum(array.size for array in (offset, mask) if array is not None)
+    check(24 * (len(rois) + N) + (rois.size + shifts) * real.itemsize, "RoIs in order")
     return Plan(
         shape,
         np.array([spatial_scale, rule.factor], real),
@@ -548,6 +551,8 @@ def mean_backward(
     wanted = Wanted(int("input" in wrt), int(bool(coordinates)))
     b = buffers(p, (*(["staged"] if coordinates else []), *(["grad_staged"] if wanted.input else [])))
     real, ranges = p.constants.dtype, int(p.units[:, 3].max()) + 1
+    if coordinates:
+        check(ranges * (p.offset.nbytes + p.mask.nbytes), "partial gradients")
     parts = {
         name: np.zeros((ranges if coordinates else 0, *shape), real)
         for name, shape in (("offset", p.offset.shape), ("mask", p.mask.shape))

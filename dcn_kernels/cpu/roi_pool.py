@@ -25,7 +25,7 @@ from dcn_kernels.dispatch.shapes import argmax_error
 
 
 @inner
-def find_edges(s, rois, r, scale, edges, at):  # type: ignore[no-untyped-def]
+def find_edges(s, rois, r, scale, edges, at):
     """A RoI's bins on the map into edges[at:]: the first and last rows of each ph, then the columns of each pw."""
     start_y, h, start_x, w = extent(s, rois, r, scale)
     for ph in range(s.PH):
@@ -39,7 +39,7 @@ def find_edges(s, rois, r, scale, edges, at):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def max_worker(  # type: ignore[no-untyped-def]
+def max_worker(
     thread, threads, sync, s, constants, units, order, first_of, rois, input, out, argmax, with_argmax,
     staged, pooled, line, edges, where,
 ):  # fmt: skip
@@ -105,7 +105,7 @@ def max_worker(  # type: ignore[no-untyped-def]
 
 
 @kernel
-def max_backward_worker(  # type: ignore[no-untyped-def]
+def max_backward_worker(
     thread, threads, sync, s, constants, units, order, first_of, rois, input, grad, grad_input,
     staged, grad_staged, pooled, line, edges, where,
 ):  # fmt: skip
@@ -153,7 +153,7 @@ def max_backward_worker(  # type: ignore[no-untyped-def]
 
 
 @kernel
-def argmax_backward_worker(  # type: ignore[no-untyped-def]
+def argmax_backward_worker(
     thread, threads, sync, s, units, order, first_of, argmax, grad, grad_input, grad_staged, pooled, wrong
 ):
     """With a given argmax; wrong[thread] becomes an index that is no pixel's, if there is one."""
@@ -191,7 +191,7 @@ def argmax_backward_worker(  # type: ignore[no-untyped-def]
 
 
 @inner
-def add_at(like, itemsize, values, places, count, plane, pixels):  # type: ignore[no-untyped-def]
+def add_at(like, itemsize, values, places, count, plane, pixels):
     """plane[places[i]] += values[i], all addresses; returns a place that is no pixel's and not -1, or -1."""
     bad = np.int64(-1)
     for i in range(count):
@@ -208,7 +208,7 @@ def add_at(like, itemsize, values, places, count, plane, pixels):  # type: ignor
 
 
 @kernel
-def rect_worker(  # type: ignore[no-untyped-def]
+def rect_worker(
     thread, threads, sync, s, constants, units, order, first_of, rois, input, planes, out, staged, pooled, line, edges
 ):  # fmt: skip
     """ps_roi_pool: one channel at a time, eight pixels of a row at once. The bins' edges are found once for all."""
@@ -254,7 +254,7 @@ def rect_worker(  # type: ignore[no-untyped-def]
 
 
 @kernel
-def rect_backward_worker(  # type: ignore[no-untyped-def]
+def rect_backward_worker(
     thread, threads, sync, s, constants, units, order, first_of, rois, grad, grad_input, grad_planes, grad_staged,
     pooled, line, edges,
 ):  # fmt: skip
@@ -303,7 +303,7 @@ def rect_backward_worker(  # type: ignore[no-untyped-def]
 
 
 @inner
-def all_edges(sync, s, constants, rois, edges):  # type: ignore[no-untyped-def]
+def all_edges(sync, s, constants, rois, edges):
     """Every RoI's edges, found by all threads together."""
     per_roi = edges.shape[0] // rois.shape[0]
     r = claim(sync)

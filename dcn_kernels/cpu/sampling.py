@@ -70,7 +70,7 @@ def limits(border: str, height: int, width: int, real: Any) -> np.ndarray:
 
 
 @spliced
-def _cell(y, x, zero, low_y, high_y, first_y, last_y, start_y, stop_y, low_x, high_x, first_x, last_x, start_x, stop_x):  # type: ignore[no-untyped-def]
+def _cell(y, x, zero, low_y, high_y, first_y, last_y, start_y, stop_y, low_x, high_x, first_x, last_x, start_x, stop_x):
     """The cell of position (y, x): row, column, fractions, and whether it is near, counts, moves with y, with x."""
     counts_y, counts_x = (first_y <= y) & (y <= last_y), (first_x <= x) & (x <= last_x)
     moves_y, moves_x = (start_y <= y) & (y <= stop_y), (start_x <= x) & (x <= stop_x)
@@ -82,17 +82,17 @@ def _cell(y, x, zero, low_y, high_y, first_y, last_y, start_y, stop_y, low_x, hi
 
 
 @intrinsic
-def _pixel(typingctx, row, width, column):  # type: ignore[no-untyped-def]
+def _pixel(typingctx, row, width, column):
     """row * width + column in 32 bits, where Numba would widen to 64: twice as many to a vector."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         return builder.add(builder.mul(args[0], args[1]), args[2])
 
     return types.int32(types.int32, types.int32, types.int32), codegen
 
 
 @inner
-def corner_table(asked, y, x, m, count, height, width, limits, index, weight, row):  # type: ignore[no-untyped-def]
+def corner_table(asked, y, x, m, count, height, width, limits, index, weight, row):
     """The corners of `count` positions y, x and their weights m G(q, p), as index[row, q, p] and weight[row, q, p].
 
     Corners q are 00, 01, 10, 11. NaN positions get the pixel `empty` and NaN weights. A sample that does not count
@@ -132,7 +132,7 @@ def corner_table(asked, y, x, m, count, height, width, limits, index, weight, ro
 
 
 @inner
-def coordinate_gradients(y, x, m, count, limits, dots, grad_y, grad_x, grad_m):  # type: ignore[no-untyped-def]
+def coordinate_gradients(y, x, m, count, limits, dots, grad_y, grad_x, grad_m):
     """Gradients of positions and masks from dots[p, q] = sum_c g_c x_c(q) over the corners q of position p."""
     stay_apart()
     one = y.dtype.type(1)

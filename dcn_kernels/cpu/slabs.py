@@ -30,7 +30,7 @@ class Array(NamedTuple):
 
 
 @spliced
-def array_from(numbers, i):  # type: ignore[no-untyped-def]
+def array_from(numbers, i):
     """The i-th `Array` behind the others in a call's numbers."""
     at = i * 6  # the fields of an Array
     return Array(numbers[at], numbers[at + 1], numbers[at + 2], numbers[at + 3], numbers[at + 4], numbers[at + 5])
@@ -81,7 +81,7 @@ def cut(C: int, groups: int, OG: int) -> Slabs:
 
 
 @inner
-def stage(s, input, n, b, slab, slabs, staged, block):  # type: ignore[no-untyped-def]
+def stage(s, input, n, b, slab, slabs, staged, block):
     """Copy one slab of image n to staged[b, slab] channels-last, with a pixel of zeros at its end."""
     stay_apart()
     first, count = slabs[slab, 0], slabs[slab, 1]
@@ -100,7 +100,7 @@ def stage(s, input, n, b, slab, slabs, staged, block):  # type: ignore[no-untype
 
 
 @inner
-def unstage(s, grad_staged, b, slab, slabs, n, grad_input, block):  # type: ignore[no-untyped-def]
+def unstage(s, grad_staged, b, slab, slabs, n, grad_input, block):
     """grad_input[n, channels of the slab] = the staged gradient, back to NCHW."""
     stay_apart()
     first, count = slabs[slab, 0], slabs[slab, 1]
@@ -116,7 +116,7 @@ def unstage(s, grad_staged, b, slab, slabs, n, grad_input, block):  # type: igno
 
 
 @inner
-def turn(like, itemsize, lanes, source, source_row, target, target_row, rows, columns):  # type: ignore[no-untyped-def]
+def turn(like, itemsize, lanes, source, source_row, target, target_row, rows, columns):
     """target[j, i] = source[i, j] for rows x columns elements, both rounded up to a multiple of lanes.
 
     source and target are addresses; their rows are so many elements apart.
@@ -132,7 +132,7 @@ def turn(like, itemsize, lanes, source, source_row, target, target_row, rows, co
 
 
 @inner
-def load_pixels(to, at, base, array, row_length, start, count):  # type: ignore[no-untyped-def]
+def load_pixels(to, at, base, array, row_length, start, count):
     """to[at:] = pixels start .. start + count, row-major, of the plane at address base."""
     stay_apart()
     if array.s2 == row_length * array.s3:
@@ -147,5 +147,5 @@ def load_pixels(to, at, base, array, row_length, start, count):  # type: ignore[
 
 
 @spliced
-def round_up(value, multiple):  # type: ignore[no-untyped-def]
+def round_up(value, multiple):
     return (value + multiple - 1) // multiple * multiple

@@ -3,8 +3,8 @@
 Threads are plain Python threads: the workers hold no GIL. Unlike Numba's own pools this needs no threading library,
 may be called from several Python threads, and survives a fork. A worker is called as
 ``worker(thread, threads, sync, *args)``; its first step is `join` and its last `leave`;
-between them `claim` hands out the next piece of work and `barrier` waits for all who joined. A team is whoever comes
-before the first barrier: no thread is counted on, so none that fails or is late can hold up the others.
+between them `claim` hands out the next piece of work and `barrier` waits for all who joined. A team is the caller and
+whoever comes before the first barrier: no helper is counted on, so none that fails or is late can hold up the others.
 What a worker writes must not depend on which thread claimed which piece: then results are the same, bit by bit, at
 every number of threads.
 """
@@ -40,10 +40,10 @@ _log = logging.getLogger("dcn_kernels")
 
 
 @intrinsic
-def _atomic_add(typingctx, array, index, value):  # type: ignore[no-untyped-def]
+def _atomic_add(typingctx, array, index, value):
     """array[index] += value; returns what it was."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         struct = context.make_array(signature.args[0])(context, builder, args[0])
         return builder.atomic_rmw("add", builder.gep(struct.data, [args[1]]), args[2], "seq_cst")
 
@@ -51,10 +51,10 @@ def _atomic_add(typingctx, array, index, value):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def _atomic_load(typingctx, array, index):  # type: ignore[no-untyped-def]
+def _atomic_load(typingctx, array, index):
     """array[index], read afresh."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         struct = context.make_array(signature.args[0])(context, builder, args[0])
         return builder.load_atomic(builder.gep(struct.data, [args[1]]), "seq_cst", 8)
 
@@ -62,10 +62,10 @@ def _atomic_load(typingctx, array, index):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def _give_way(typingctx):  # type: ignore[no-untyped-def]
+def _give_way(typingctx):
     """Let another thread have this core."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         kind = ir.FunctionType(ir.IntType(32), [])
         builder.call(_declare(builder.module, kind, "sched_yield"), [])
         return context.get_dummy_value()
@@ -78,16 +78,16 @@ def _declare(module: ir.Module, kind: ir.FunctionType, name: str) -> ir.Function
 
 
 @spliced
-def claim(sync):  # type: ignore[no-untyped-def]
+def claim(sync):
     """The number of the next piece of work of this phase, from 0; the caller stops when there are no more."""
     return _atomic_add(sync, _CLAIMED, 1)
 
 
 @intrinsic
-def _replace(typingctx, array, index, old, new):  # type: ignore[no-untyped-def]
+def _replace(typingctx, array, index, old, new):
     """Make array[index] `new` if it is `old`; returns whether it was."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         struct = context.make_array(signature.args[0])(context, builder, args[0])
         place = builder.gep(struct.data, [args[1]])
         return builder.extract_value(builder.cmpxchg(place, args[2], args[3], "seq_cst", "seq_cst"), 1)
@@ -96,44 +96,40 @@ def _replace(typingctx, array, index, old, new):  # type: ignore[no-untyped-def]
 
 
 @inner
-def join(thread, sync):  # type: ignore[no-untyped-def]
-    """Become one of the team, if it still takes threads; a worker that may not must return at once.
+def join(thread, sync):
+    """Become one of the team, if it takes threads; a worker that may not must return at once.
 
-    The caller's own thread, 0, may find the work done without it: then it waits here until the others have left.
+    The caller's own thread, 0, opens the team: whoever comes before it, or after the first barrier, is not of it.
     """
+    if thread == 0:
+        _atomic_add(sync, _TEAM, _JOINED - _CLOSED)
+        return True
     team = _atomic_load(sync, _TEAM)
     while team & _CLOSED == 0:
         if _replace(sync, _TEAM, team, team + _JOINED):
             return True
         team = _atomic_load(sync, _TEAM)
-    if thread == 0:
-        _all_left(sync)
     return False
 
 
 @inner
-def leave(thread, sync):  # type: ignore[no-untyped-def]
+def leave(thread, sync):
     """The worker's last word. The caller's thread takes no more into the team and stays until all have left."""
     _atomic_add(sync, _TEAM, _LEFT)
     if thread == 0:
         team = _atomic_load(sync, _TEAM)
         while not _replace(sync, _TEAM, team, team | _CLOSED):
             team = _atomic_load(sync, _TEAM)
-        _all_left(sync)
+        spins = 0
+        while team & _FIELD != (team // _LEFT) & _FIELD:
+            spins += 1
+            if spins > 200:
+                _give_way()
+            team = _atomic_load(sync, _TEAM)
 
 
 @inner
-def _all_left(sync):  # type: ignore[no-untyped-def]
-    spins, team = 0, _atomic_load(sync, _TEAM)
-    while team & _FIELD != (team // _LEFT) & _FIELD:
-        spins += 1
-        if spins > 200:
-            _give_way()
-        team = _atomic_load(sync, _TEAM)
-
-
-@inner
-def barrier(sync):  # type: ignore[no-untyped-def]
+def barrier(sync):
     """Wait until all of the team are here; claims start at 0 again. Nobody joins after the first barrier."""
     generation = _atomic_load(sync, _GENERATION)
     while True:
@@ -223,27 +219,24 @@ def run(worker: Callable[..., Any], threads: int, *args: Any) -> None:
 
     Whatever is raised, and whenever, nobody waits for a thread that does not come and nobody leaves before one that
     did. The worker is compiled or loaded here, before any helper hears of it. Then the helpers are woken and the caller
-    does its own part in one step of the interpreter, within which it runs no handler of a signal. The caller's part is
-    machine code that ends when all who joined have left; it needs no helper, and helpers need no caller.
+    does its own part in one step of the interpreter, within which it runs no handler of a signal. Until the caller's
+    part is in machine code no helper can join it, so whatever fails before leaves nothing behind; from there on nothing
+    can fail, and it ends when all who joined have left.
     """
     sync = np.zeros(_SYNC_SIZE, np.int64)
+    sync[_TEAM] = _CLOSED
     if threads == 1:
         worker(0, 1, sync, *args)
         return
-    sync[_TEAM] = _CLOSED
-    worker(0, threads, sync, *args)  # compiles or loads it, and finds that nothing is to be done
+    worker(1, threads, sync, *args)  # compiles or loads it, and may not join
     queues = _queues_of(threads - 1)
-    sync[_TEAM] = 0
     job: _Job = [worker, threads, sync, args]
     wake = map(SimpleQueue.put, queues, zip(range(1, threads), repeat(job)))
     own = map(worker, *((each,) for each in (0, threads, sync, *args)))
     try:
         deque(chain(wake, own), maxlen=0)
-    except BaseException:
-        worker(0, threads, sync, *args)  # returns when all have left; no memory was left to wake them, if that
-        raise
     finally:
-        job.clear()
+        job.clear()  # a helper that comes late holds none of the arrays
 
 
 def _queues_of(helpers: int) -> list[SimpleQueue[tuple[int, _Job]]]:

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dcn_kernels.dispatch.memory import check
+
 _ALIGN = 64  # a cache line, and the widest vector
 
 Plan = dict[str, tuple[tuple[int, ...], Any]]  # buffer -> (shape, dtype)
@@ -48,6 +50,7 @@ def allocate(plan: Plan | Layout) -> dict[str, np.ndarray]:
     tracked = _tracked.get()
     if tracked is not None:
         tracked.peak_bytes = max(tracked.peak_bytes, size)
+    check(size, "temporary memory")
     memory = np.empty(size, np.uint8)
     first = -memory.__array_interface__["data"][0] % _ALIGN
     return {name: np.ndarray(shape, dtype, memory, first + start) for name, shape, dtype, start in buffers}

@@ -35,7 +35,9 @@ __device__ __forceinline__ axis_t align(acc_t v, acc_t size) {
 
 // Not counted more than half a pixel outside, else clamped to the image; still at whole pixels (deformable R-FCN).
 __device__ __forceinline__ axis_t psroi(acc_t v, acc_t size) {
-  return {clamp_to_image(v, size), v >= -0.5f && v <= size - 0.5f, v > 0 && v < size - 1 && v != floor(v)};
+  // `v < size`: from 2^24 on size - 0.5 is no float32, and rounds up to size
+  return {clamp_to_image(v, size), v >= -0.5f && v < size && v <= size - 0.5f,
+          v > 0 && v < size - 1 && v != floor(v)};
 }
 
 enum border_t { ZEROS, MSRA, EDGE, ALIGN };

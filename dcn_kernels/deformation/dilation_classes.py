@@ -27,7 +27,7 @@ def effective_dilation_by_class(
     spatial_scale: float = 1.0,
     areas: tuple[float, float] = (96.0**2, 224.0**2),
 ) -> dict[str, dict[str, Any]]:
-    """Mean and spread of the effective dilation of filters on small, medium and large objects and on background.
+    """Mean and standard deviation of filters' effective dilation on small, medium and large objects and background.
 
     A filter belongs to the smallest box that its centre lies in, and to the background where there is none.
 
@@ -52,8 +52,8 @@ def effective_dilation_by_class(
     dict
         For "small", "medium", "large" and "background": ``mean`` and ``std`` (of the population) in pixels of the
         layer's input, ``filters``, of how many, each offset group being a filter, and ``not_finite``, how many are
-        left out because an offset of theirs is NaN, infinite, or too long for its type. NaN for the mean and spread
-        of no filters.
+        left out because an offset of theirs is NaN, infinite, or too long for its type. NaN for both
+        numbers of no filters.
 
     Raises
     ------
@@ -110,11 +110,11 @@ def effective_dilation_by_class(
     labels = _labels(found, centres, N, areas)
     classes = {}
     for number, label in enumerate(CLASSES):
-        classes[label] = mean_and_spread(np.moveaxis(dilations, 1, -1)[labels == number])
+        classes[label] = mean_and_deviation(np.moveaxis(dilations, 1, -1)[labels == number])
     return classes
 
 
-def mean_and_spread(dilations: np.ndarray) -> dict[str, Any]:
+def mean_and_deviation(dilations: np.ndarray) -> dict[str, Any]:
     """Mean, standard deviation and number of the finite ones, and the number of the others."""
     finite = dilations[np.isfinite(dilations)].astype(np.float64)
     with np.errstate(over="ignore"):  # float64 offsets whose squares are infinite

@@ -158,9 +158,10 @@ def _labels(layers: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[s
 def missing(
     layers: Sequence[Mapping[str, Any]], points: Sequence[np.ndarray], input_size: tuple[int, int]
 ) -> dict[str, int]:
-    """How many of the lowest layer's points are outside its input, are NaN, or have no filter above that they are of.
+    """How many of the lowest layer's points are outside its input, are NaN, or are cut off above.
 
-    A filter is missing above where a point of an upper layer is NaN or beside the map beneath it.
+    Cut off are the points below a point of an upper layer that is NaN or lies beside the map beneath it: no filter is
+    there.
     """
     lowest = points[0]
     nan = np.isnan(lowest).any(axis=1)
@@ -177,7 +178,7 @@ def missing(
 
 
 def in_lowest(layers: Sequence[Mapping[str, Any]], units: np.ndarray) -> np.ndarray:
-    """(y, x) of the centres of units of the last of these layers, in the first one's input, were there no offsets."""
+    """(y, x), in the first layer's input, of the centres that units of the last layer would have without offsets."""
     for layer in reversed(layers):
         kernel, stride, padding, dilation = (
             np.broadcast_to(layer.get(name, default), 2)

@@ -400,7 +400,7 @@ def offset_statistics(
 
 
 def outside(points: Any, size: tuple[int, int], axis: int) -> Any:
-    """Which points touch no pixel of (H, W); `axis` is that of (y, x). Not those of NaN."""
+    """Which points touch no pixel of (H, W); `axis` is that of (y, x). NaN points do not count as outside."""
     y, x = (points.take(i, axis=axis) for i in range(2))
     return ((y <= -1) | (y >= size[0]) | (x <= -1) | (x >= size[1])) & (y == y) & (x == x)
 

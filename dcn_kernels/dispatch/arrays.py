@@ -30,12 +30,12 @@ class Taken:
     arrays: dict[str, Any]
     out: Any
     framework: str
-    like: Any = None  # an array of the caller's: results are of its kind
+    like: Any = None  # one of the caller's arrays: results become arrays of the same kind
 
     def give(self, result: Any, out: Any = None) -> Any:
         """The result (array, tuple or dict) in the caller's own kind of array; `out` itself where it was given."""
         if out is not None and self.framework == "torch" and not out.is_inference():
-            sys.modules["torch"].autograd.graph.increment_version(out)  # for autograd to see that it was written to
+            sys.modules["torch"].autograd.graph.increment_version(out)  # tells autograd that out was written to
         if isinstance(result, dict):
             return {name: self._give(array) for name, array in result.items()}
         if isinstance(result, tuple):
@@ -108,7 +108,7 @@ def _check_torch(op: str, name: str, tensor: Any) -> None:
 
 
 def _check_jax(op: str, name: str, array: Any) -> None:
-    """Refuse what is traced or spread over devices."""
+    """Refuse what is traced, deleted or on several devices."""
     if isinstance(array, sys.modules["jax"].core.Tracer):
         raise TypeError(f"{op}: {name}: expected a concrete array, got a JAX tracer: use dcn_kernels.jax")
     if array.is_deleted():
@@ -118,7 +118,7 @@ def _check_jax(op: str, name: str, array: Any) -> None:
 
 
 def _to_numpy(op: str, name: str, array: Any) -> np.ndarray:
-    """A NumPy view of a CPU array: without a copy, but for a torch tensor whose sign is still to be turned."""
+    """A NumPy view of a CPU array: without a copy, unless it is a torch tensor that was negated lazily."""
     framework = framework_of(array)
     if framework == "numpy":
         if isinstance(array, np.ma.MaskedArray):
@@ -133,12 +133,17 @@ def _to_numpy(op: str, name: str, array: Any) -> np.ndarray:
             return np.asarray(array)  # a view, also of bfloat16, for which NumPy has no DLPack
         return np.from_dlpack(array)
     except _REFUSALS as error:
+        if "bfloat16" in str(getattr(array, "dtype", "")):
+            raise TypeError(
+                f"{op}: {name}: expected float16, float32 or float64 of {framework}, got bfloat16, which NumPy cannot "
+                "take by DLPack"
+            ) from error
         raise TypeError(f"{op}: {name}: expected an array that NumPy can take by DLPack, got {error}") from error
 
 
 def _from_torch(tensor: Any) -> np.ndarray:
     torch = sys.modules["torch"]
-    # torch.from_dlpack would hand out the memory of a lazily negated tensor, where the sign is not yet turned
+    # the memory of a lazily negated tensor still holds the old signs, and torch.from_dlpack would hand it out as it is
     tensor = tensor.detach().resolve_conj().resolve_neg()
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
@@ -181,7 +186,7 @@ def _to_other(array: np.ndarray, like: Any) -> Any:
     from_dlpack = getattr(module, "from_dlpack", None)
     if from_dlpack is not None:
         return from_dlpack(array)
-    capsules = getattr(getattr(module, "experimental", None), "dlpack", None)  # TensorFlow: wants the capsule itself
+    capsules = getattr(getattr(module, "experimental", None), "dlpack", None)  # TensorFlow takes a capsule
     return array if capsules is None else capsules.from_dlpack(array.__dlpack__())
 
 
@@ -200,7 +205,7 @@ def _plain_torch(everything: dict[str, Any]) -> dict[str, np.ndarray] | None:
                 return None
             array = array.detach()
         try:
-            plain[name] = array.numpy()  # refuses all that is special
+            plain[name] = array.numpy()  # raises for a tensor that is not plain memory on the CPU
         except (TypeError, RuntimeError):
             return None
     return plain

@@ -10,17 +10,17 @@ from importlib import import_module
 from typing import Any
 
 from dcn_kernels.dispatch import arrays as _arrays
-from dcn_kernels.dispatch import shapes
+from dcn_kernels.dispatch import memory, shapes
 from dcn_kernels.dispatch.row import Op, Params, Sizes
 
 
 def module_of(op: Op, backend: str) -> str:
-    """Where a backend's functions of an operator are: its name is the folder's."""
+    """The module with a backend's functions of an operator: the backend's name is that of its folder."""
     return f"{op.package}.{backend}.{op.module}"
 
 
 def function(op: Op, direction: str, backend: str) -> Callable[..., Any]:
-    """The function of one cell of the table: looked up at each call, so a replaced one is the one that runs."""
+    """A backend's function of an operator. Looked up at each call, so that one that a test has replaced is run."""
     name = op.name if direction == "forward" else f"{op.name}_backward"
     return getattr(import_module(module_of(op, backend)), name)
 
@@ -37,7 +37,7 @@ def parameters_for(op: Op, direction: str, backend: str, params: Params) -> Para
 
 
 def check_values(op: Op, backend: str, arrays: dict[str, Any], sizes: Sizes, params: Params) -> None:
-    """The row's checks of values; on a GPU only where they were asked for, as reading an array back would wait."""
+    """The row's checks of values. On a GPU only where asked for: reading an array back waits for the GPU."""
     if op.check_values is not None and (backend != "cuda" or params.get("validate")):
         op.check_values(op.name, arrays, sizes)
 
@@ -82,11 +82,22 @@ def call(
     with _arrays.taken_in(op.name, given, out, backend) as taken:
         shapes.check_dtypes(op, taken.arrays)
         sizes = shapes.bind(op, taken.arrays, params)
-        check_values(op, taken.backend, taken.arrays, sizes, params)
-        target = shapes.check_out(op, taken.out, taken.arrays, sizes) if direction == "forward" else None
-        run = function(op, direction, taken.backend)
-        params = parameters_for(op, direction, taken.backend, params)
-        inputs = {name: taken.arrays.get(name) for name in arrays}
-        if direction == "forward":
-            return taken.give(run(**inputs, **params, out=target), out)
-        return taken.give(run(**inputs, **params, wrt=names)) if names else {}
+        host = taken.backend != "cuda"
+        try:
+            if host and out is None:
+                size = shapes.result_bytes(op, direction, taken.arrays, sizes, params, names)
+                if taken.backend == "reference":  # works on float64 copies
+                    size += 8 * sum(array.size for array in taken.arrays.values())
+                memory.check(size, "results" if taken.backend == "cpu" else "results and float64 copies")
+            check_values(op, taken.backend, taken.arrays, sizes, params)
+            target = shapes.check_out(op, taken.out, taken.arrays, sizes) if direction == "forward" else None
+            run = function(op, direction, taken.backend)
+            params = parameters_for(op, direction, taken.backend, params)
+            inputs = {name: taken.arrays.get(name) for name in arrays}
+            if direction == "forward":
+                return taken.give(run(**inputs, **params, out=target), out)
+            return taken.give(run(**inputs, **params, wrt=names)) if names else {}
+        except MemoryError as error:
+            if host:  # CuPy's says what it is about
+                raise memory.said(op.name, error, sizes) from None
+            raise

@@ -8,6 +8,7 @@ from typing import Any
 
 Sizes = dict[str, int]
 Params = dict[str, Any]
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -18,10 +19,10 @@ class Sample:
     params: Params
     label: str = ""
     steps: dict[str, float] = field(default_factory=dict)  # how far an argument may move without meeting a kink
-    expected: dict[str, Any] = field(default_factory=dict)  # of a case on the kinks: gradients for a grad_output of 1
+    expected: dict[str, Any] = field(default_factory=dict)  # on the kinks alone: the gradients where grad_output is 1
 
 
-@dataclass(frozen=True, eq=False)  # a row is itself: it can be a key
+@dataclass(frozen=True, eq=False)  # compared by identity: a row can be the key of a dict
 class Op:
     """A row of the registry: all that the dispatcher, the checks, the benchmark and the tests know of an operator."""
 
@@ -36,26 +37,35 @@ class Op:
     derived: dict[str, Callable[[Sizes, Params], int]]  # sizes that follow from other sizes and the parameters
     divides: tuple[tuple[str, str], ...]  # (divisor, size) pairs that must divide exactly
     samples: Callable[[int], list[Sample]]  # seed -> small float64 cases over all options, off the kinks
-    layer_sample: Callable[..., Sample]  # (sizes, *, offsets, seed) -> inputs of a named layer's shape
+    layer_sizes: dict[str, Any]  # size of a benchmark's layer -> its usual value; None: every layer tells it
+    layer_call: Callable[[dict[str, Any]], tuple[dict[str, Shape], Params]]  # layer -> arrays' shapes, and parameters
+    layer_sample: Callable[..., Sample]  # (layer, *, offsets, spread, seed) -> arrays of these shapes
     flops: Callable[[Sizes, str], float]  # (sizes, direction) -> floating-point operations
-    bytes: Callable[[Sizes, str, int], float]  # (sizes, direction, itemsize) -> compulsory traffic
+    bytes: Callable[[Sizes, str, int], float]  # (sizes, direction, itemsize) -> bytes of all arrays, each moved once
     scatters: bool = True  # the backward adds into shared elements, so `deterministic` matters
     zero_sizes: tuple[str, ...] = field(default=("N", "R"))  # sizes that may be 0
     saved: dict[str, str] = field(default_factory=dict)  # int64 arrays that the forward gives with return_<name>=True
     gpu: dict[str, tuple[str, ...]] = field(default_factory=dict)  # what only a GPU takes -> directions that take it
-    check_values: Callable[[str, dict[str, Any], Sizes], None] | None = None  # on a GPU with validate=True alone
+    check_values: Callable[[str, dict[str, Any], Sizes], None] | None = None  # on a GPU only where validate=True
 
+    layer_params: Params = field(default_factory=dict)  # what a layer's call takes besides arrays and sizes
+    layer_spread: float | None = None  # of a layer's offsets, in their unit; None: in pixels, as trained filters have
     package: str = "dcn_kernels"  # holds the public functions, and a folder `<backend>/` with `module` for each backend
     axes: tuple[str, ...] = ("H", "W")  # the sizes that its coordinates run along
-    product: Callable[[Sizes], tuple[int, int, int, int]] | None = None  # (how many, m, k, n) of the plain operator's
+    product: Callable[[Sizes], tuple[int, int, int, int]] | None = None  # the plain operator's (how many, m, k, n)
 
     kinks: Callable[[int], list[Sample]] | None = None  # seed -> cases on the kinks, with the documented gradients
-    part: Callable[[Sample, int, int], tuple[Sample, dict[str, Any]]] | None = None  # some elements of a layer, alone
+    part: Callable[[Sample, int, int], tuple[Sample, dict[str, Any]]] | None = None  # (layer, count, seed) -> a part
 
     def __repr__(self) -> str:
         return f"Op({self.name!r})"
 
     @property
+    def has_offsets(self) -> bool:
+        """Some argument with a gradient is a coordinate: the benchmark times it with several kinds of offsets."""
+        return any(name in self.coordinates for name in self.differentiable)
+
+    @property
     def plain_only(self) -> tuple[str, ...]:
-        """What the adapters of frameworks leave out: they make the results, and know the device."""
+        """Arguments that the adapters do not have: they allocate the results, and know the device by the arrays."""
         return ("out", "backend", *(f"return_{name}" for name in self.saved))

@@ -19,8 +19,8 @@ import numpy as np
 from dcn_kernels.dispatch.row import Op, Params, Sizes
 from dcn_kernels.dtypes import DTYPES, HALVES
 
-LARGEST_NUMBER = 3.4028234663852886e38  # that float32 holds, in which parameters may be used
-MOST_SAMPLES = 4096  # of a bin along an axis: a call must end, and no mean of a bin needs more
+LARGEST_NUMBER = 3.4028234663852886e38  # of float32, the type in which kernels may use a parameter
+MOST_SAMPLES = 4096  # of a bin along an axis: far more than a mean needs, and a call with more might never end
 LARGEST_STEP = 2**31 - 1  # of a stride, padding or dilation: products with a size then fit 64 bits
 
 
@@ -174,6 +174,20 @@ def evaluate(named: str, sizes: Sizes) -> tuple[int, ...]:
     return tuple(value for value in values if value is not None)
 
 
+def result_bytes(op: Op, direction: str, arrays: dict[str, Any], sizes: Sizes, params: Params, names: Any) -> int:
+    """How much memory the results of a call take."""
+    if direction == "backward":
+        return sum(arrays[name].nbytes for name in names)
+    elements = _elements(op.output, tuple(sizes.items()))
+    saved = sum(8 for name in op.saved if params.get(f"return_{name}"))
+    return elements * (int(arrays[next(iter(op.arrays))].dtype.itemsize) + saved)
+
+
+@lru_cache(maxsize=1024)
+def _elements(named: str, sizes: tuple[tuple[str, int], ...]) -> int:
+    return prod(evaluate(named, dict(sizes)))
+
+
 def _describe(named: str, sizes: Sizes) -> str:
     """``(N, 2*OG*KH*KW, OH, OW) = (2, 18*OG, 8, 8)``: by letter, then by number as far as known."""
     letters = named.split()
@@ -194,7 +208,7 @@ def _describe(named: str, sizes: Sizes) -> str:
 
 
 def shape_error(op: str, name: str, named: str, sizes: Sizes, got: tuple[int, ...], why: str = "") -> ValueError:
-    """The one wording of a wrong shape."""
+    """The error for a wrong shape, in the same words everywhere."""
     tail = f": {why}" if why else ""
     return ValueError(f"{op}: {name}: expected shape {_describe(named, sizes)}, got {tuple(got)}{tail}")
 
@@ -207,7 +221,7 @@ def _bind_dimension(op: Op, expression: str, got: int, sizes: Sizes) -> str | No
         return None if _known(expression, sizes) == got else ""
     letter = unknown[0]
     product = prod(int(f) if f.isdigit() else sizes[f] for f in factors if f != letter)
-    if letter == divisor:  # C/groups: the divisor is what the array tells
+    if letter == divisor:  # C/groups: C is known, so the array tells groups
         if got < 1 or product % got:
             return f"{got} does not divide {'*'.join(factors)} = {product}"
         sizes[letter] = product // got
@@ -234,7 +248,7 @@ def bind(op: Op, arrays: dict[str, Any], params: Params) -> Sizes:
 
 
 def bind_symbols(op: Op, arrays: dict[str, Any], params: Params) -> Sizes:
-    """`bind` for sizes that may be a tracer's symbols: these have no hash, so nothing is kept for the next call."""
+    """`bind` without its cache, for sizes that may be the symbols of a tracer: these cannot be hashed."""
     shape_of = tuple((name, tuple(array.shape)) for name, array in arrays.items())
     return _bind.__wrapped__(op, shape_of, tuple(params.items()))
 
@@ -242,8 +256,27 @@ def bind_symbols(op: Op, arrays: dict[str, Any], params: Params) -> Sizes:
 @lru_cache(maxsize=1024)  # a layer is called again and again with the same shapes
 def _bind(op: Op, shapes: tuple[tuple[str, tuple[int, ...]], ...], params_items: tuple[tuple[str, Any], ...]) -> Sizes:
     shape_of, params = dict(shapes), dict(params_items)
+    try:
+        return _sizes(op, shape_of, params)
+    except ValueError as error:
+        hint = _layout_hint(op, shape_of, params)
+        raise (ValueError(f"{error}: {hint}") if hint else error) from None
+
+
+def _layout_hint(op: Op, shape_of: dict[str, tuple[int, ...]], params: Params) -> str:
+    """What may be wrong where the shapes fit as soon as channels move from last to second place, or ""."""
+    maps = [name for name, named in op.arrays.items() if named.startswith("N ") and name in shape_of]
+    for names in (maps[:1], maps, [*maps, "grad_output"]):
+        moved = {name: (s[0], s[3], s[1], s[2]) if name in names and len(s) == 4 else s for name, s in shape_of.items()}
+        with contextlib.suppress(ValueError):
+            _sizes(op, moved, params)
+            return f"the shapes fit if {', '.join(names)} came with channels last, (N, H, W, C); here they are second"
+    return ""
+
+
+def _sizes(op: Op, shape_of: dict[str, tuple[int, ...]], params: Params) -> Sizes:
     sizes: Sizes = {}
-    _derive(op, sizes, params)  # those of the parameters alone
+    _derive(op, sizes, params)  # the sizes that follow from parameters alone
     for name, named in {**op.arrays, "grad_output": op.output, **op.saved}.items():
         if name not in shape_of:
             continue
@@ -268,7 +301,7 @@ def _derive(op: Op, sizes: Sizes, params: Params) -> None:
     """Compute the sizes that follow from those known so far."""
     for letter, derive in op.derived.items():
         if letter not in sizes:
-            with contextlib.suppress(KeyError):  # of a size that a later array tells
+            with contextlib.suppress(KeyError):  # needs a size that only a later array tells
                 sizes[letter] = derive(sizes, params)
 
 
@@ -278,16 +311,20 @@ def _derive(op: Op, sizes: Sizes, params: Params) -> None:
 def check_rois(op: str, arrays: dict[str, Any], sizes: Sizes) -> None:
     """Every RoI is finite, and its batch index a whole number of an image."""
     rois, images = arrays["rois"], sizes["N"]
-    values = (rois.get() if hasattr(rois, "get") else rois).astype(np.float64)
-    finite = np.isfinite(values).all(axis=1)
-    if not finite.all():
-        r = int(np.argmin(finite))
-        raise ValueError(f"{op}: rois: expected finite numbers, got {values[r].tolist()} in row {r}")
-    image = values[:, 0]
-    known = (image >= 0) & (image < images) & (image == np.floor(image))
-    if not known.all():
-        r = int(np.argmin(known))
-        raise ValueError(f"{op}: rois: expected batch indices among 0..N-1, N = {images}, got {image[r]} in row {r}")
+    rois = rois.get() if hasattr(rois, "get") else rois
+    for first in range(0, len(rois), 1 << 18):  # a part at a time, as a copy of all of them may not fit
+        values = rois[first : first + (1 << 18)].astype(np.float64)
+        finite = np.isfinite(values).all(axis=1)
+        if not finite.all():
+            r = int(np.argmin(finite))
+            raise ValueError(f"{op}: rois: expected finite numbers, got {values[r].tolist()} in row {first + r}")
+        image = values[:, 0]
+        known = (image >= 0) & (image < images) & (image == np.floor(image))
+        if not known.all():
+            r = int(np.argmin(known))
+            raise ValueError(
+                f"{op}: rois: expected batch indices among 0..N-1, N = {images}, got {image[r]} in row {first + r}"
+            )
 
 
 def check_argmax(op: str, argmax: Any, pixels: int) -> None:
@@ -299,7 +336,7 @@ def check_argmax(op: str, argmax: Any, pixels: int) -> None:
 
 
 def argmax_error(op: str, pixels: int, got: int) -> ValueError:
-    """The wording of an argmax that is no pixel's."""
+    """The error for an argmax that is not the index of a pixel."""
     return ValueError(f"{op}: argmax: expected indices among -1..H*W-1, H*W = {pixels}, got {got}")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from dcn_kernels.dispatch import shapes
 from dcn_kernels.dispatch.call import call
 from dcn_kernels.dispatch.row import Op, Params, Sizes
-from dcn_kernels.ops.roi_pool import GPU, POOLED, group, roi_bytes, roi_flops, roi_parameters, score_maps
+from dcn_kernels.ops.roi_pool import GPU, LAYER_SIZES, POOLED, group, roi_bytes, roi_flops, roi_parameters, score_maps
 from dcn_kernels.ops.samples import deform_roi_pool as samples
 
 CONVENTIONS = ("paper", "rfcn", "mmcv")
@@ -368,6 +368,10 @@ DEFORM_ROI_POOL = Op(
     divides=(),
     samples=samples.deform_roi_pool,
     kinks=samples.deform_roi_pool_kinks,
+    layer_sizes=LAYER_SIZES,
+    layer_params={"gamma": 0.1, "sampling_ratio": 4, "convention": "rfcn"},
+    layer_spread=1.0,
+    layer_call=samples.deform_roi_layer_call,
     layer_sample=samples.deform_roi_layer,
     flops=roi_flops,
     bytes=_bytes,
@@ -394,7 +398,11 @@ DEFORM_PS_ROI_POOL = Op(
     divides=(("(G*G)", "C"), ("classes", "C/(G*G)")),
     samples=samples.deform_ps_roi_pool,
     kinks=samples.deform_ps_roi_pool_kinks,
-    layer_sample=samples.deform_roi_layer,
+    layer_sizes={**LAYER_SIZES, "classes": 1},
+    layer_params={"group_size": None, "part_size": None, "sample_per_part": 4, "trans_std": 0.1},
+    layer_spread=1.0,
+    layer_call=samples.deform_ps_roi_layer_call,
+    layer_sample=samples.deform_ps_roi_layer,
     flops=roi_flops,
     bytes=_bytes,
     gpu=GPU,

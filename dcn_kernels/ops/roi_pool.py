@@ -9,6 +9,7 @@ from dcn_kernels.dispatch import shapes
 from dcn_kernels.dispatch.call import call
 from dcn_kernels.dispatch.row import Op, Params, Sizes
 from dcn_kernels.ops.samples import roi_pool as samples
+from dcn_kernels.ops.samples.draw import roi_layer_call
 
 MODES = ("max", "avg")
 CONVENTIONS = ("rfcn", "torchvision")
@@ -585,6 +586,14 @@ def _align_parameters(name: str) -> Callable[[Params], Params]:
 
 GPU = {"deterministic": ("backward",), "validate": ()}  # the dispatcher validates
 
+LAYER_SIZES: dict[str, Any] = {
+    **dict.fromkeys("NCHW"),
+    "N": 1,
+    "R": 300,
+    "output_size": (7, 7),
+    "spatial_scale": 1 / 16,
+}
+
 POOLED: dict[str, Callable[[Sizes, Params], int]] = {
     "PH": lambda sizes, params: params["output_size"][0],
     "PW": lambda sizes, params: params["output_size"][1],
@@ -622,6 +631,10 @@ ROI_POOL = Op(
     divides=(),
     samples=samples.roi_pool,
     kinks=samples.roi_pool_kinks,
+    layer_sizes=LAYER_SIZES,
+    layer_params={"mode": "max"},
+    layer_spread=1.0,
+    layer_call=roi_layer_call,
     layer_sample=samples.roi_layer,
     flops=roi_flops,
     bytes=roi_bytes,
@@ -642,6 +655,10 @@ PS_ROI_POOL = Op(
     derived={**POOLED, "(G*G)": lambda sizes, params: params["group_size"][0] * params["group_size"][1]},
     divides=(("(G*G)", "C"),),
     samples=samples.ps_roi_pool,
+    layer_sizes=LAYER_SIZES,
+    layer_params={"group_size": None, "convention": "rfcn"},
+    layer_spread=1.0,
+    layer_call=roi_layer_call,
     layer_sample=samples.roi_layer,
     flops=roi_flops,
     bytes=roi_bytes,
@@ -661,6 +678,10 @@ ROI_ALIGN = Op(
     derived=POOLED,
     divides=(),
     samples=samples.roi_align,
+    layer_sizes=LAYER_SIZES,
+    layer_params={"sampling_ratio": -1, "aligned": False},
+    layer_spread=1.0,
+    layer_call=roi_layer_call,
     layer_sample=samples.roi_layer,
     flops=roi_flops,
     bytes=roi_bytes,
@@ -680,6 +701,10 @@ PS_ROI_ALIGN = Op(
     derived={**POOLED, "(PH*PW)": lambda sizes, params: params["output_size"][0] * params["output_size"][1]},
     divides=(("(PH*PW)", "C"),),
     samples=samples.ps_roi_align,
+    layer_sizes=LAYER_SIZES,
+    layer_params={"sampling_ratio": -1},
+    layer_spread=1.0,
+    layer_call=roi_layer_call,
     layer_sample=samples.roi_layer,
     flops=roi_flops,
     bytes=roi_bytes,

@@ -30,12 +30,12 @@ from dcn_kernels.reference.sampling import Corners, corners, gradient, sample, s
 class Bin(NamedTuple):
     """The channels of one class in one bin of one RoI."""
 
-    to: tuple[int, slice, int, int]  # where their output stands
+    to: tuple[int, slice, int, int]  # the index of their output
     image: int
     channels: slice  # the input channels they read
     at: Corners  # their sampling points (rows, columns)
     number: float  # what the sum is divided by
-    offset_x: tuple[int, int, int, int]  # where in the offset array their shift stands
+    offset_x: tuple[int, int, int, int]  # the index of their shift in the offset array
     offset_y: tuple[int, int, int, int]
     reach_x: float  # d shift / d offset, in pixels
     reach_y: float

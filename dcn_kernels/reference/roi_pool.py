@@ -123,7 +123,7 @@ def align_grid(
 def points(base: np.floating, grid: Grid, length: int) -> np.ndarray:
     """A bin's centred points from `base` on, without those that cannot touch a map of `length` pixels."""
     if np.isnan(base):
-        return np.full(1, base)  # one point that makes the bin NaN, even of an empty grid
+        return np.full(1, base)  # one NaN point, which makes the bin NaN even where its grid is empty
     if grid.number == 0:
         return np.zeros(0, base.dtype)
     spacing = float(grid.step) / grid.number

@@ -58,17 +58,17 @@ class Corners(NamedTuple):
     weight: np.ndarray  # G(q, p); NaN where a coordinate of p is NaN
     weight_y: np.ndarray  # dG/dp_y
     weight_x: np.ndarray  # dG/dp_x
-    still: tuple[np.ndarray, np.ndarray, np.ndarray]  # where by the rule the value, d/dp_y and d/dp_x are 0
+    still: tuple[np.ndarray, np.ndarray, np.ndarray]  # where the rule says that the value, d/dp_y, d/dp_x is 0
 
 
 def corners(y: np.ndarray, x: np.ndarray, height: int, width: int, border: str) -> Corners:
     """The corners of positions (y, x) in an image of height x width pixels, in float64."""
     rule = BORDERS[border]
-    y, x = y.astype(np.float64), x.astype(np.float64)  # sizes from 2^24 on may be no float32
+    y, x = y.astype(np.float64), x.astype(np.float64)  # float32 does not hold every size from 2^24 on
     rows, columns = rule(y, height), rule(x, width)
     nan = np.isnan(y) | np.isnan(x)
     value = rows.counts & columns.counts & ~nan
-    # moving y changes the sample where y moves and x is where samples count; x = -1 of "zeros" weighs 0 by itself
+    # a sample has a slope in y where y itself has one and x is near the image; at x = -1 under "zeros" its weight is 0
     moves_y = rows.moves & (columns.counts | columns.moves) & ~nan
     moves_x = columns.moves & (rows.counts | rows.moves) & ~nan
     near = value | moves_y | moves_x
@@ -106,7 +106,7 @@ def gradient(plane: np.ndarray, at: Corners) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _blend(weight: np.ndarray, pixels: np.ndarray, still: np.ndarray) -> np.ndarray:
-    """Sum over the corners; exactly 0 where the rule says so, even if a pixel is infinite."""
+    """Sum over the corners. Exactly 0 where the rule says so: 0 times an infinite pixel would be NaN."""
     with np.errstate(invalid="ignore"):
         return np.where(still, 0.0, (weight * pixels).sum(axis=1))
 

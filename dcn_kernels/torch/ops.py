@@ -22,8 +22,8 @@ from dcn_kernels import dtypes
 from dcn_kernels.dispatch import shapes
 from dcn_kernels.dispatch.call import call, public
 from dcn_kernels.dispatch.row import Op, Params
+from dcn_kernels.torch import onnx
 
-NAMESPACE = "dcn_kernels"
 DTYPES = {
     torch.float16: dtypes.DTYPES["float16"],
     torch.bfloat16: dtypes.DTYPES["bfloat16"],
@@ -78,7 +78,7 @@ class Arguments:
         flags = dict(zip(self.arrays, needed, strict=False))
         return [flags[name] for name in self.op.differentiable]
 
-    def spread(self, grads: Sequence[Any], wanted: Sequence[bool]) -> list[Any]:
+    def for_each_array(self, grads: Sequence[Any], wanted: Sequence[bool]) -> list[Any]:
         """The wanted gradients as one for each array, None for the others."""
         names = [name for name, flag in zip(self.op.differentiable, wanted, strict=True) if flag]
         found = dict(zip(names, grads, strict=True))
@@ -110,6 +110,12 @@ def _describe(op: Op, arrays: dict[str, torch.Tensor | None]) -> dict[str, Descr
     return known
 
 
+def _output_shape(op: Op, arrays: dict[str, torch.Tensor | None], params: Params) -> tuple[Any, ...]:
+    described = _describe(op, arrays)
+    shapes.check_dtypes(op, described)
+    return shapes.evaluate(op.output, shapes.bind_symbols(op, described, op.parameters(params)))
+
+
 def _gradients(op: Op, arrays: dict[str, Any], params: Params, wanted: Sequence[bool]) -> list[torch.Tensor]:
     """Those of the differentiable arguments that are wanted; `arrays` has grad_output too."""
     names = [name for name, flag in zip(op.differentiable, wanted, strict=True) if flag]
@@ -128,10 +134,7 @@ def _register(arguments: Arguments) -> Any:
 
     def forward_fake(*values: Any) -> torch.Tensor:
         arrays, params = arguments.split(values)
-        described = _describe(op, arrays)
-        shapes.check_dtypes(op, described)
-        sizes = shapes.bind_symbols(op, described, op.parameters(params))
-        return arrays[next(iter(op.arrays))].new_empty(shapes.evaluate(op.output, sizes))
+        return arrays[next(iter(op.arrays))].new_empty(_output_shape(op, arrays, params))
 
     def backward(grad_output: torch.Tensor, *values: Any) -> list[torch.Tensor]:
         arrays, params = arguments.split(values[:-1])
@@ -144,11 +147,11 @@ def _register(arguments: Arguments) -> Any:
         return [torch.empty_like(arrays[name], memory_format=torch.contiguous_format) for name in wanted]
 
     forward_op = torch.library.custom_op(
-        f"{NAMESPACE}::{op.name}", forward, mutates_args=(), schema=f"({schema}) -> Tensor"
+        f"{onnx.NAMESPACE}::{op.name}", forward, mutates_args=(), schema=f"({schema}) -> Tensor"
     )
     forward_op.register_fake(forward_fake)
     backward_op = torch.library.custom_op(
-        f"{NAMESPACE}::{op.name}_backward",
+        f"{onnx.NAMESPACE}::{op.name}_backward",
         backward,
         mutates_args=(),
         schema=f"(Tensor grad_output, {schema}, bool[] wanted) -> Tensor[]",
@@ -163,7 +166,7 @@ def _register(arguments: Arguments) -> Any:
     def gradients(ctx: Any, grad_output: torch.Tensor) -> tuple[Any, ...]:
         wanted = arguments.wanted(ctx.needs_input_grad)
         grads = backward_op(grad_output, *ctx.saved_tensors, *ctx.params, wanted)
-        return (*arguments.spread(grads, wanted), *(None for _ in arguments.params))
+        return (*arguments.for_each_array(grads, wanted), *(None for _ in arguments.params))
 
     forward_op.register_autograd(gradients, setup_context=setup)
     forward_op.register_vmap(_one_by_one(forward_op))
@@ -209,18 +212,18 @@ def _autograd_function(arguments: Arguments) -> Callable[..., torch.Tensor]:
         @staticmethod
         def backward(ctx: Any, grad_output: torch.Tensor) -> Any:  # type: ignore[override]
             wanted = arguments.wanted(ctx.needs_input_grad[1:])
-            # a call of its own in autograd only where it could be differentiated or transformed again
+            # recorded in autograd only where this gradient may itself be differentiated or transformed
             recorded = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
             run = Gradient.apply if recorded else Gradient.forward
-            return (None, *arguments.spread(run(ctx.params, wanted, grad_output, *ctx.saved_tensors), wanted))
+            return (None, *arguments.for_each_array(run(ctx.params, wanted, grad_output, *ctx.saved_tensors), wanted))
 
         @staticmethod
         def vmap(*args: Any) -> Any:
             return _one_by_one(Forward.apply)(*args)
 
-    Forward.__name__ = Forward.__qualname__ = op.name  # a result's grad_fn shows it
-    # Function.apply binds its arguments by inspect.signature, which takes longer than all else here; the method below
-    # it does the work where no transform of torch.func is active.
+    Forward.__name__ = Forward.__qualname__ = op.name  # shown as a result's grad_fn
+    # Function.apply binds its arguments by inspect.signature, which takes longer than all else here. Where no transform
+    # of torch.func is active, the method that it then calls can be called directly.
     direct = super(torch.autograd.Function, Forward).apply
 
     def apply(arrays: dict[str, Any], params: Params) -> torch.Tensor:
@@ -268,7 +271,7 @@ def _autocast(op: Op, arrays: dict[str, torch.Tensor | None]) -> None:
 
 
 def _watched(arrays: dict[str, Any]) -> bool:
-    """Something wants to see torch's operators called, or a tensor is of another class or device than torch's usual."""
+    """A mode, profiler or tracer must see a torch operator called, or a tensor is a subclass or elsewhere."""
     for array in arrays.values():
         if array is not None and (type(array) not in PLAIN or not (array.is_cpu or array.is_cuda)):
             return True
@@ -281,10 +284,15 @@ def _watched(arrays: dict[str, Any]) -> bool:
 
 
 def _refuse_tangents(op: Op, arrays: dict[str, Any]) -> None:
-    """torch would drop them without a word."""
+    """Refuse tensors of forward-mode differentiation: torch would ignore the tangent silently."""
     for name, array in arrays.items():
         if isinstance(array, torch.Tensor) and forward_ad.unpack_dual(array).tangent is not None:
             raise RuntimeError(f"{op.name}: {name}: expected a tensor without a tangent, as there is no forward mode")
+
+
+def not_scripted(name: str) -> str:
+    """What torch.jit.script of a function or layer is told."""
+    return f"{name}: torch.jit.script cannot read it: use torch.export, torch.compile or torch.jit.trace instead"
 
 
 def rois_of(rois: Any) -> Any:
@@ -375,17 +383,20 @@ def function_of(op: Op) -> Callable[..., torch.Tensor]:
                 )
         _autocast(op, arrays)
         if not compiling:
-            op.parameters(params)  # our own words for a wrong one, before the schema's
+            op.parameters(params)  # raises our own error for a wrong one; the schema's says less
         for name in arguments.pairs:
             value = params[name]
             params[name] = list(value) if isinstance(value, (tuple, list)) else [int(value)] * 2
+        if onnx.exporting() and onnx.writes(op.name, params):
+            return onnx.write(op.name, arrays, params, _output_shape(op, arrays, params))
         return operator(*arrays.values(), *params.values())
 
     bare = _with_signature(arguments, route)
-    bare.__name__ = bare.__qualname__ = op.name  # what Python's own errors call it
+    bare.__name__ = bare.__qualname__ = op.name  # the name in Python's own errors
     function = _ported(op, bare, list(arguments.signature.parameters))
     function.__name__ = function.__qualname__ = op.name
     function.__module__ = "dcn_kernels.torch"
+    setattr(function, "__script_unsupported", not_scripted(op.name))  # torch.jit.script raises RuntimeError of it
     function.__signature__ = arguments.signature  # type: ignore[attr-defined]
     function.__doc__ = (
         f"`dcn_kernels.{op.name}` as a differentiable torch operator; see there for the arguments.\n\n"

@@ -26,16 +26,14 @@ def deform_conv2d(seed: int) -> list[Sample]:
     """Every option of deform_conv2d in small float64 cases."""
     rng, cases = np.random.default_rng(seed), []
     for name, size, O, kernel, groups, OG, stride, padding, dilation, border, mask, bias, reach in _CASES:
-        arrays, params = _deform_conv2d_arrays(
-            rng, size, O, kernel, groups, OG, stride, padding, dilation, mask=mask, bias=bias
-        )
-        arrays["offset"] = off_kinks(rng, arrays["offset"], reach)
+        shapes, params = _call(size, O, kernel, groups, OG, stride, padding, dilation)
+        arrays = _arrays(rng, shapes, mask=mask, bias=bias)
+        arrays["offset"] = off_kinks(rng, shapes["offset"], reach)
         cases.append(Sample(arrays, {**params, "border": border}, name))
     return cases
 
 
-def _deform_conv2d_arrays(
-    rng: np.random.Generator,
+def _call(
     size: tuple[int, int, int, int],
     O: int,
     kernel: tuple[int, int],
@@ -44,11 +42,8 @@ def _deform_conv2d_arrays(
     stride: tuple[int, int],
     padding: tuple[int, int],
     dilation: tuple[int, int],
-    *,
-    mask: bool = True,
-    bias: bool = True,
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Arrays by name (the offset as its shape alone) and parameters."""
+) -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]:
+    """Shapes of all arrays by name, and parameters."""
     N, C, H, W = size
     taps = kernel[0] * kernel[1]
     OH, OW = (
@@ -59,15 +54,13 @@ def _deform_conv2d_arrays(
         raise ValueError(f"groups = {groups} does not divide C = {C} and O = {O}")
     if min(OH, OW) < 1:
         raise ValueError(f"the kernel with its dilation is larger than the padded input: OH, OW = {OH}, {OW}")
-    arrays: dict[str, Any] = {
-        "input": values(rng, (N, C, H, W)),
+    shapes = {
+        "input": (N, C, H, W),
+        "weight": (O, C // groups, *kernel),
         "offset": (N, 2 * OG * taps, OH, OW),
-        "weight": values(rng, (O, C // groups, *kernel)),
+        "mask": (N, OG * taps, OH, OW),
+        "bias": (O,),
     }
-    if bias:
-        arrays["bias"] = values(rng, (O,))
-    if mask:
-        arrays["mask"] = rng.integers(8, 64, (N, OG * taps, OH, OW)) / 64
     params = {
         "stride": stride,
         "padding": padding,
@@ -77,7 +70,19 @@ def _deform_conv2d_arrays(
         "deterministic": False,
         "workspace_bytes": None,
     }
-    return arrays, params
+    return shapes, params
+
+
+def _arrays(
+    rng: np.random.Generator, shapes: dict[str, tuple[int, ...]], *, mask: bool = True, bias: bool = True
+) -> dict[str, np.ndarray]:
+    """All arrays but the offset."""
+    arrays = {"input": values(rng, shapes["input"]), "weight": values(rng, shapes["weight"])}
+    if bias:
+        arrays["bias"] = values(rng, shapes["bias"])
+    if mask:
+        arrays["mask"] = rng.integers(8, 64, shapes["mask"]) / 64
+    return arrays
 
 
 def deform_conv2d_kinks(seed: int) -> list[Sample]:
@@ -86,11 +91,10 @@ def deform_conv2d_kinks(seed: int) -> list[Sample]:
     H, W = 4, 5
     for border in ("zeros", "msra", "edge"):
         for reach in (0, 3):
-            arrays, params = _deform_conv2d_arrays(
-                rng, (1, 1, H, W), 1, (3, 3), 1, 1, (1, 1), (1, 1), (1, 1), mask=False, bias=False
-            )
+            shapes, params = _call((1, 1, H, W), 1, (3, 3), 1, 1, (1, 1), (1, 1), (1, 1))
+            arrays = _arrays(rng, shapes, mask=False, bias=False)
             arrays["weight"] = np.ones((1, 1, 3, 3))
-            arrays["offset"] = rng.integers(-reach, reach + 1, arrays["offset"]).astype(float)
+            arrays["offset"] = rng.integers(-reach, reach + 1, shapes["offset"]).astype(float)
             tap, oy, ox = np.mgrid[:9, :H, :W]
             y = oy - 1 + tap // 3 + arrays["offset"][0, 0::2]
             x = ox - 1 + tap % 3 + arrays["offset"][0, 1::2]
@@ -125,21 +129,18 @@ def deform_conv2d_part(sample: Sample, count: int, seed: int) -> tuple[Sample, d
     return Sample(arrays, sample.params, sample.label), index
 
 
+def deform_conv2d_layer_call(layer: dict[str, Any]) -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]:
+    """Shapes of the arrays of a layer, and its parameters."""
+    size = layer["N"], layer["C"], layer["H"], layer["W"]
+    names = ("O", "kernel", "groups", "offset_groups", "stride", "padding", "dilation")
+    return _call(size, *(layer[name] for name in names))
+
+
 def deform_conv2d_layer(
     layer: dict[str, Any], *, offsets: str = "random", spread: float = 2.0, seed: int = 0
 ) -> Sample:
-    """Inputs of a layer: sizes N C H W O, kernel, stride, padding, dilation, groups, offset_groups."""
+    """Inputs of a layer."""
     rng = np.random.default_rng(seed)
-    arrays, params = _deform_conv2d_arrays(
-        rng,
-        (layer["N"], layer["C"], layer["H"], layer["W"]),
-        layer["O"],
-        layer["kernel"],
-        layer["groups"],
-        layer["offset_groups"],
-        layer["stride"],
-        layer["padding"],
-        layer["dilation"],
-    )
-    arrays["offset"] = layer_offsets(rng, arrays["offset"], offsets, spread)
-    return Sample(arrays, params, offsets)
+    shapes, params = deform_conv2d_layer_call(layer)
+    arrays = _arrays(rng, shapes)
+    return Sample({**arrays, "offset": layer_offsets(rng, shapes["offset"], offsets, spread)}, params, offsets)

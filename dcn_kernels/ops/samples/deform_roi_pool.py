@@ -12,6 +12,7 @@ from dcn_kernels.ops.samples.draw import (
     boxes,
     layer_offsets,
     roi_inputs,
+    roi_layer_call,
     roi_params,
     shifts,
     slopes_on_lines,
@@ -110,10 +111,29 @@ def deform_ps_roi_pool_kinks(seed: int) -> list[Sample]:
     return [Sample(arrays, params, "kink: on a line, clipped", expected={"trans": expected})]
 
 
+def deform_roi_layer_call(layer: dict[str, Any]) -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]:
+    """Shapes of the arrays of a layer, an offset for each bin among them, and its parameters."""
+    shapes, params = roi_layer_call(layer)
+    return {**shapes, "offset": (layer["R"], 2, *layer["output_size"])}, params
+
+
+def deform_ps_roi_layer_call(layer: dict[str, Any]) -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]:
+    """Shapes of the arrays of a layer, a part for each bin, and its parameters."""
+    shapes, params = roi_layer_call(layer)
+    return {**shapes, "trans": (layer["R"], 2 * layer["classes"], *layer["output_size"])}, params
+
+
 def deform_roi_layer(layer: dict[str, Any], *, offsets: str = "random", spread: float = 1.0, seed: int = 0) -> Sample:
-    """Inputs of a layer of deform_roi_pool (offset) or deform_ps_roi_pool (trans, of layer["classes"])."""
+    """Inputs of a layer of deform_roi_pool."""
+    shapes, params = deform_roi_layer_call(layer)
     rng, arrays = roi_inputs(layer, seed)
-    shape = (layer["R"], 2 * layer["classes"], *layer["output_size"])
-    name = "trans" if "trans_std" in layer["params"] else "offset"
-    arrays[name] = layer_offsets(rng, shape, offsets, spread)
-    return Sample(arrays, roi_params(layer["output_size"], layer["spatial_scale"], **layer["params"]), offsets)
+    return Sample({**arrays, "offset": layer_offsets(rng, shapes["offset"], offsets, spread)}, params, offsets)
+
+
+def deform_ps_roi_layer(
+    layer: dict[str, Any], *, offsets: str = "random", spread: float = 1.0, seed: int = 0
+) -> Sample:
+    """Inputs of a layer of deform_ps_roi_pool."""
+    shapes, params = deform_ps_roi_layer_call(layer)
+    rng, arrays = roi_inputs(layer, seed)
+    return Sample({**arrays, "trans": layer_offsets(rng, shapes["trans"], offsets, spread)}, params, offsets)

@@ -46,7 +46,7 @@ def slopes_on_lines(image: np.ndarray, border: str, y: np.ndarray, x: np.ndarray
 
 
 def layer_offsets(rng: np.random.Generator, shape: tuple[int, ...], offsets: str, spread: float) -> np.ndarray:
-    """Offsets (N, channels, OH, OW) for timing: "zero", "random" (independent) or "smooth" (wanders slowly).
+    """Offsets (N, channels, axes...) for timing: "zero", "random" (independent) or "smooth" (wanders slowly).
 
     In 1/64 pixels, so that positions in a large image are exact in float32 and every backend looks into the same cell.
     """
@@ -56,13 +56,13 @@ def layer_offsets(rng: np.random.Generator, shape: tuple[int, ...], offsets: str
         return np.round(rng.standard_normal(shape) * (64 * spread)) / 64
     if offsets != "smooth":
         raise ValueError(f"offsets: expected 'zero', 'smooth' or 'random', got {offsets!r}")
-    coarse = rng.standard_normal((*shape[:2], shape[2] // 8 + 2, shape[3] // 8 + 2)) * spread
-    rows, columns = (np.arange(length) / 8 for length in shape[2:])
-    y0, x0 = rows.astype(int), columns.astype(int)
-    ly, lx = (rows - y0)[:, None], columns - x0
-    top = coarse[:, :, y0][..., x0] * (1 - lx) + coarse[:, :, y0][..., x0 + 1] * lx
-    bottom = coarse[:, :, y0 + 1][..., x0] * (1 - lx) + coarse[:, :, y0 + 1][..., x0 + 1] * lx
-    return np.round((top * (1 - ly) + bottom * ly) * 64) / 64
+    field = rng.standard_normal((*shape[:2], *(length // 8 + 2 for length in shape[2:]))) * spread
+    for axis in reversed(range(2, len(shape))):  # every eighth number is drawn; those between lie on a line
+        at = np.arange(shape[axis]) / 8
+        before = at.astype(int)
+        part = (at - before).reshape(-1, *(1,) * (len(shape) - axis - 1))
+        field = field.take(before, axis) * (1 - part) + field.take(before + 1, axis) * part
+    return np.round(field * 64) / 64
 
 
 SCALE = 0.25  # exact in every dtype
@@ -108,8 +108,14 @@ def roi_params(output_size: tuple[int, int], spatial_scale: float = SCALE, **mor
     return {**common, **more}
 
 
+def roi_layer_call(layer: dict[str, Any]) -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]:
+    """Shapes of input and rois of a layer, and its parameters."""
+    shapes = {"input": tuple(layer[letter] for letter in "NCHW"), "rois": (layer["R"], 5)}
+    return shapes, roi_params(layer["output_size"], layer["spatial_scale"], **layer["params"])
+
+
 def roi_inputs(layer: dict[str, Any], seed: int) -> tuple[np.random.Generator, dict[str, Any]]:
-    """Input and rois of a layer: sizes N C H W R, spatial_scale; boxes from 1/16 of the image to all of it."""
+    """Input and rois of a layer; boxes from 1/16 of the image to all of it."""
     rng = np.random.default_rng(seed)
     N, C, H, W, R = (layer[letter] for letter in "NCHWR")
     length = np.array([W, H]) / layer["spatial_scale"]

@@ -40,12 +40,18 @@ def offset_sample2d_kinks(seed: int) -> list[Sample]:
     return cases
 
 
+def offset_sample2d_layer_call(layer: dict[str, Any]) -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]:
+    """Shapes of the arrays of a layer (sizes N C H W, offset_groups), and its parameters."""
+    N, C, H, W = (layer[letter] for letter in "NCHW")
+    shapes: dict[str, tuple[int, ...]] = {"input": (N, C, H, W), "offset": (N, 2 * layer["offset_groups"], H, W)}
+    return shapes, {"border": "edge", "deterministic": False}
+
+
 def offset_sample2d_layer(
     layer: dict[str, Any], *, offsets: str = "random", spread: float = 2.0, seed: int = 0
 ) -> Sample:
-    """Inputs of a layer: sizes N C H W, offset_groups."""
+    """Inputs of a layer."""
     rng = np.random.default_rng(seed)
-    N, C, H, W = (layer[letter] for letter in "NCHW")
-    offset = layer_offsets(rng, (N, 2 * layer["offset_groups"], H, W), offsets, spread)
-    arrays = {"input": rng.standard_normal((N, C, H, W)), "offset": offset}
-    return Sample(arrays, {"border": "edge", "deterministic": False}, offsets)
+    shapes, params = offset_sample2d_layer_call(layer)
+    offset = layer_offsets(rng, shapes["offset"], offsets, spread)
+    return Sample({"input": rng.standard_normal(shapes["input"]), "offset": offset}, params, offsets)

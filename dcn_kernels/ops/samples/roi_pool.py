@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from dcn_kernels.dispatch.row import Sample
-from dcn_kernels.ops.samples.draw import MAP, boxes, distinct, roi_inputs, roi_params, values
+from dcn_kernels.ops.samples.draw import MAP, boxes, distinct, roi_inputs, roi_layer_call, roi_params, values
 
 
 def roi_pool(seed: int) -> list[Sample]:
@@ -81,6 +81,5 @@ def roi_pool_kinks(seed: int) -> list[Sample]:
 
 
 def roi_layer(layer: dict[str, Any], *, offsets: str = "random", spread: float = 1.0, seed: int = 0) -> Sample:
-    """Inputs of a layer of an operator without offsets; its other parameters are in layer["params"]."""
-    arrays = roi_inputs(layer, seed)[1]
-    return Sample(arrays, roi_params(layer["output_size"], layer["spatial_scale"], **layer["params"]), offsets)
+    """Inputs of a layer of an operator without offsets."""
+    return Sample(roi_inputs(layer, seed)[1], roi_layer_call(layer)[1], offsets)

@@ -1,0 +1,48 @@
+"""`dcn-bench capture`: the layers of a program, for `dcn-bench profile --shapes`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+from dcn_kernels.cli import console
+
+
+@click.command()
+@click.option("-o", "--output", required=True, metavar="FILE.toml", help="Where the layers are written.")
+@click.option(
+    "--framework",
+    type=click.Choice(["torch", "jax"]),
+    default="torch",
+    show_default=True,
+    help="torch: calls of dcn_kernels.torch and of torchvision.ops. jax: of dcn_kernels.jax, when they are traced.",
+)
+@click.argument("command", nargs=-1, required=True, metavar="-- python FILE ARGUMENTS...")
+def capture(output: str, framework: str, command: tuple[str, ...]) -> None:
+    """Run a Python program and note the deformable and RoI layers that it calls, once for each of their sizes.
+
+    Written are the operator, sizes, options, dtype, how the input lies in memory, how often it was called, and how far
+    its offsets spread; nothing else of the arrays. The exit code is the program's. The interpreter must have
+    dcn-kernels installed; to note a part of a program, use dcn_kernels.torch.record_layers in it.
+
+    \b
+    Examples:
+      dcn-bench capture -o layers.toml -- python train.py --epochs 1
+      dcn-bench profile --shapes layers.toml
+    """
+    python, *program = command
+    if not Path(python).name.startswith("python") or not program or (program[0].startswith("-") and program[0] != "-m"):
+        console.fail(f"expected -- python FILE ..., or -- python -m MODULE ..., got {' '.join(command)!r}")
+    if program == ["-m"]:
+        console.fail("expected a module after -m")
+    console.check_writable(output)
+    target = str(Path(output).resolve())
+    try:
+        done = subprocess.run([python, "-m", "dcn_kernels.cli.recorded", framework, target, *program])
+    except FileNotFoundError:
+        console.fail(f"no interpreter {python!r}")
+    if Path(output).is_file():
+        console.note(f"saved {output}")
+    sys.exit(done.returncode if done.returncode >= 0 else 128 - done.returncode)
