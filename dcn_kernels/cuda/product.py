@@ -69,6 +69,8 @@ class Tile(NamedTuple):
         return -(-pixels // self.BM) * -(-outputs // self.BN) * groups
 
 
+MANY = 2**31
+
 # The first row that is for a layer, fits a block's shared memory, and gives every multiprocessor a block is taken; if
 # none does, the last that fits. Registers and shared memory (of the widest dtype) are read from NVRTC's machine code;
 # what is said of time is an estimate: nothing here was measured on a GPU.
@@ -102,15 +104,12 @@ def shared_bytes(tile: Tile, dtype: np.dtype, split: bool, wide: bool) -> int:
 
 
 def fitting(body: Body, dtype: np.dtype, wide: bool, capability: tuple[int, int]) -> list[Tile]:
-    """The rows that fit, of each size of tile the first.
-
-    Registers allow float64 no more than 64 outputs a block, and 128 a sampler that computes its own places.
-    """
-    most = 64 if dtype == np.float64 else 256 if wide else 128
+    """The rows that fit, of each size of tile the first; float64's registers allow no more than 64 outputs a block."""
+    most = 64 if dtype == np.float64 else MANY
     found: dict[tuple[int, int], Tile] = {}
     for tile in FORWARD:
         fits = shared_bytes(tile, dtype, body.split, wide) <= shared_bytes_of_a_block(capability)
-        if tile.body == body.name and tile.BN <= most and fits:
+        if tile.body == body.name and fits and most >= tile.BN:
             found.setdefault((tile.BM, tile.BN), tile)
     return list(found.values())
 

@@ -172,18 +172,25 @@ __device__ __forceinline__ void blend_piece(acc_t (&value)[EL], const piece_t& p
   const conv_t& s = from.s;
   place_t own{};
   int own_og = -1;
-  for (int e = 0; e < EL; e++) {
-    value[e] = 0;
-    if (c + e >= from.f.width) continue;
-    const int channel = group * from.f.width + c + e, og = channel / (s.C / s.OG);
-    if (og != own_og) own = WIDE ? *place : place_of(from, m, k, og);
-    own_og = og;
 #pragma unroll
-    for (int q = 0; q < 4; q++)
-      if (own.cell.inside >> q & 1)
-        value[e] += own.weight.v[q] * acc_t(from.input[own.cell.first + channel * s.input_c + q / 2 * s.input_y +
-                                                       q % 2 * s.input_x]);
-    value[e] *= own.cell.scale;
+  for (int e = 0; e < EL; e++) value[e] = 0;
+#pragma unroll 1  // a compiler that unrolled it would take a minute
+  for (int e = 0; e < EL; e++) {
+    acc_t sum = 0;
+    if (c + e < from.f.width) {
+      const int channel = group * from.f.width + c + e, og = channel / (s.C / s.OG);
+      if (og != own_og) own = WIDE ? *place : place_of(from, m, k, og);
+      own_og = og;
+#pragma unroll
+      for (int q = 0; q < 4; q++)
+        if (own.cell.inside >> q & 1)
+          sum += own.weight.v[q] * acc_t(from.input[own.cell.first + channel * s.input_c + q / 2 * s.input_y +
+                                                    q % 2 * s.input_x]);
+      sum *= own.cell.scale;
+    }
+#pragma unroll
+    for (int i = 1; i < EL; i++) value[i - 1] = value[i];  // an index that varies would put them into memory
+    value[EL - 1] = sum;
   }
 #endif
 }
