@@ -110,7 +110,7 @@ def fitting(body: Body, dtype: np.dtype, wide: bool, capability: tuple[int, int]
     found: dict[tuple[int, int], Tile] = {}
     for tile in FORWARD:
         fits = shared_bytes(tile, dtype, body.split, wide) <= shared_bytes_of_a_block(capability)
-        if tile.body == body.name and tile.BN <= most and fits:
+        if tile.body == body.name and most >= tile.BN and fits:
             found.setdefault((tile.BM, tile.BN), tile)
     return list(found.values())
 
