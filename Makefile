@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 TEST_ARGS ?= -m 'not slow'
 FRAMEWORKS ?= torch jax scikit-learn onnx onnxscript onnxruntime
 
-.PHONY: help setup profile test test-frameworks test-torchvision lint clean
+.PHONY: help setup profile test test-frameworks test-torchvision lint docs fuzz clean
 
 help: ## What can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -55,6 +55,23 @@ lint: $(VENV)/.linters ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+$(VENV)/.docs: $(VENV)/.frameworks
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	@touch $@
+
+# The reference is made from the docstrings, those of dcn_kernels.torch and dcn_kernels.jax too, so these must import.
+docs: $(VENV)/.docs ## The documentation, in build/docs/index.html; a warning is an error
+	$(BIN)/python -m sphinx --builder html --fail-on-warning --keep-going --quiet docs build/docs
+	@echo build/docs/index.html
+
+# FUZZ_SEED: of the day, so that every night draws other calls; a failure prints the command that repeats it.
+FUZZ_SECONDS ?= 3600
+FUZZ_SEED ?= $(shell date +%Y%m%d)
+
+fuzz: $(INSTALLED) ## An hour of drawn calls on the CPU, for the night: half of it with guard pages (FUZZ_SECONDS=3600)
+	$(BIN)/dcn-check fuzz --seed $(FUZZ_SEED) --seconds $$(( $(FUZZ_SECONDS) / 2 ))
+	$(BIN)/dcn-check fuzz --seed $(FUZZ_SEED) --seconds $$(( $(FUZZ_SECONDS) / 2 )) --guard
 
 clean: ## Remove the virtual environment and all caches
 	rm -rf $(VENV) $(VENV)-torchvision build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

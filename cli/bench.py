@@ -35,6 +35,7 @@ def main() -> None:
       dcn-bench profile --layer A --against torchvision=/path/to/python --output a.json
       dcn-bench compare old.json new.json
       dcn-bench plot a.json -o a.png
+      dcn-bench report a.json -o a.html
       eval "$(_DCN_BENCH_COMPLETE=bash_source dcn-bench)"   # completion (also zsh_source, fish_source)
     """
 
@@ -488,7 +489,8 @@ def _read(path: str) -> dict[str, Any]:
 
 @main.command()
 @click.argument("records", nargs=-1, required=True)
-@click.option("-o", "--output", required=True, metavar="FILE.png", help="Picture to write (.png, .svg or .pdf).")
+@click.option("-o", "--output", required=True, metavar="FILE.png", help="Picture to write (.png, .svg, .pdf); of "
+              "speed also .md, a table of its numbers.")  # fmt: skip
 @click.option(
     "--what",
     type=click.Choice(["speed", "memory", "scaling", "cost"]),
@@ -502,26 +504,73 @@ def plot(records: tuple[str, ...], output: str, what: str) -> None:
     \b
     Examples:
       dcn-bench plot run.json -o speed.png
+      dcn-bench plot run.json -o speed.md
       dcn-bench plot run.json -o memory.png --what memory
       dcn-bench plot one.json two.json -o scaling.svg --what scaling
     """
-    import importlib.util
-
-    if Path(output).suffix not in (".png", ".svg", ".pdf"):
-        console.fail(f"--output: expected a name that ends in .png, .svg, .pdf, got {output!r}")
+    kinds = (".png", ".svg", ".pdf", ".md")
+    if Path(output).suffix not in kinds:
+        console.fail(f"--output: expected a name that ends in {', '.join(kinds)}, got {output!r}")
+    in_words = Path(output).suffix == ".md"
+    if in_words and what != "speed":
+        console.fail(f"--output: a table is made of --what speed alone, got --what {what}")
     console.check_writable(output)
-    stems = [Path(path).stem for path in records]
-    read = {stem if stems.count(stem) == 1 else path: _read(path) for stem, path in zip(stems, records, strict=True)}
-    if importlib.util.find_spec("matplotlib") is None:
-        console.fail("plot needs matplotlib: pip install 'dcn-kernels[plot]'")
+    read = _read_all(records)
+    if not in_words:
+        _require_matplotlib("plot")
     from dcn_kernels.bench import plots
 
     try:
-        picture = plots.draw(read, what, Path(output).suffix[1:])
+        picture = plots.table(read).encode() if in_words else plots.draw(read, what, Path(output).suffix[1:])
     except ValueError as error:
         console.fail(str(error))
     console.write_bytes(output, picture)
     console.note(f"saved {output}")
+
+
+@main.command()
+@click.argument("records", nargs=-1, required=True)
+@click.option("-o", "--output", required=True, metavar="FILE.html", help="Page to write.")
+def report(records: tuple[str, ...], output: str) -> None:
+    """Write a page of records: one HTML file with tables and charts, which needs no network.
+
+    It has what was measured where, every row in a table that sorts and filters, speed beside the peers, memory and
+    scaling, and the quartiles on hover. Of two records it has the verdicts, the second over the first. Needs matplotlib
+    for the charts: pip install 'dcn-kernels[plot]'.
+
+    \b
+    Examples:
+      dcn-bench report run.json -o report.html
+      dcn-bench report before.json after.json -o report.html
+    """
+    if Path(output).suffix not in (".html", ".htm"):
+        console.fail(f"--output: expected a name that ends in .html, got {output!r}")
+    console.check_writable(output)
+    read = _read_all(records)
+    _require_matplotlib("report")
+    from dcn_kernels.bench import report as pages
+
+    try:
+        page = pages.page(read)
+    except ValueError as error:
+        console.fail(str(error))
+    console.write(output, page)
+    console.note(f"saved {output}")
+
+
+def _read_all(paths: tuple[str, ...]) -> dict[str, Any]:
+    """Records by their files' stems, or by their paths where two stems are the same."""
+    if len(set(paths)) < len(paths):
+        console.fail(f"{next(path for path in paths if paths.count(path) > 1)} is given twice")
+    stems = [Path(path).stem for path in paths]
+    return {stem if stems.count(stem) == 1 else path: _read(path) for stem, path in zip(stems, paths, strict=True)}
+
+
+def _require_matplotlib(command: str) -> None:
+    import importlib.util
+
+    if importlib.util.find_spec("matplotlib") is None:
+        console.fail(f"{command} needs matplotlib: pip install 'dcn-kernels[plot]'")
 
 
 @main.command()

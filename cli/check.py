@@ -1,4 +1,4 @@
-"""`dcn-check`: are the gradients right, do the backends agree, do the CUDA kernels compile."""
+"""`dcn-check`: are the gradients right, do the backends agree, also on drawn calls, do the CUDA kernels compile."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ def main() -> None:
       dcn-check gradients --self-test
       dcn-check backends --json
       dcn-check kernels --arch sm_90
+      dcn-check fuzz --seconds 600 --guard
       eval "$(_DCN_CHECK_COMPLETE=bash_source dcn-check)"   # completion (also zsh_source, fish_source)
     """
 
@@ -315,3 +316,156 @@ def _shown(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{count} {name}" for name, count in value.items())
     return " ".join(value) if isinstance(value, list) else str(value)
+
+
+@main.command()
+@click.option("--op", "ops", multiple=True, metavar="NAME", help="Operator; repeatable. Default: all.")
+@click.option(
+    "--backend",
+    "backends",
+    multiple=True,
+    type=click.Choice(BACKENDS),
+    help="Repeatable. Default: all that are available but the reference.",
+)
+@click.option("--seconds", type=click.FloatRange(0, min_open=True), help="Where to stop. Default: 60, without --count.")
+@click.option("--count", type=click.IntRange(1), metavar="N", help="Stop after so many calls.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of all that is drawn.")
+@click.option(
+    "--values",
+    type=click.Choice(["all", "finite"]),
+    default="all",
+    show_default=True,
+    help="Whether arrays hold infinities and NaN now and then, or only zeros, denormal and huge numbers.",
+)
+@click.option("--guard", is_flag=True, help="Every array and buffer lies against an unreadable page (Linux, CPU).")
+@click.option("--call", "recipe", metavar="JSON", help="Repeat this one call, as a failure prints it.")
+@click.option("--json", "as_json", is_flag=True, help="Print only JSON.")
+@console.WIDE
+@click.option("--output", metavar="FILE", help="Also write the table to FILE (.json, .csv, .md or .txt).")
+def fuzz(
+    ops: tuple[str, ...],
+    backends: tuple[str, ...],
+    seconds: float | None,
+    count: int | None,
+    seed: int,
+    values: str,
+    guard: bool,
+    recipe: str | None,
+    as_json: bool,
+    wide: bool,
+    output: str | None,
+) -> None:
+    """Draw calls of every operator over all its options and compare them with the reference.
+
+    Drawn are sizes, options, dtypes, memory layouts and values: zeros, denormal and huge numbers, infinities and NaN
+    in every array. Wrong is a result that differs from the reference's by more than `backends` allows or is not finite
+    elsewhere, other bits at another number of threads, an input that was written to, and with --guard any access
+    outside an array. A failure is made smaller and printed with the command that repeats it. The table says how often
+    each option was drawn.
+
+    \b
+    Examples:
+      dcn-check fuzz
+      dcn-check fuzz --op deform_conv2d --backend cpu --seconds 600 --seed 7
+      dcn-check fuzz --guard --values finite --count 10000 --output fuzz.md
+    """
+    from dcn_kernels.check import fuzz as fuzzing
+    from dcn_kernels.check import guard as guarding
+
+    if recipe is not None and (ops or seconds or count):
+        console.fail("--call is one call: expected no --op, --seconds or --count beside it")
+    chosen = _checked(ops, backends, output)
+    chosen = chosen if backends else tuple(name for name in chosen if name != "reference")
+    if guard:
+        if "cuda" in chosen:
+            console.fail("--guard is about the memory of the CPU: expected no --backend cuda beside it")
+        if guarding.why_not():
+            console.fail(f"--guard: {guarding.why_not()}", console.UNAVAILABLE)
+    settings: dict[str, Any] = {"backends": chosen, "seed": seed, "values": values, "guard": guard}
+    summary, interrupted = fuzzing.Summary(), False
+    with console.progress("fuzz") as report:
+        try:
+            if recipe is not None:
+                _repeat(summary, recipe, chosen, guard)
+            else:
+                fuzzing.fuzz(
+                    summary, ops=ops, backends=chosen, seconds=60.0 if seconds is None and count is None else seconds,
+                    calls=count, seed=seed, values=values, guarded=guard, progress=report,
+                )  # fmt: skip
+        except KeyboardInterrupt:
+            interrupted = True
+    _finish_fuzz(summary, settings, as_json, wide, output, interrupted)
+
+
+def _repeat(summary: Any, text: str, backends: tuple[str, ...], guard: bool) -> None:
+    """One call again, on each backend."""
+    import json
+
+    from dcn_kernels.check import fuzz as fuzzing
+    from dcn_kernels.check.drawn_calls import repeated
+
+    try:
+        call = repeated(json.loads(text))
+    except (ValueError, KeyError, TypeError) as error:
+        console.fail(f"--call: expected the JSON that a failure printed, got {text!r}: {error}")
+    for backend in backends:
+        found = fuzzing.repeat(call.recipe, backend, guarded=guard)
+        summary.count(call)
+        if found:
+            line = fuzzing.command(call.recipe, backend, guard)
+            summary.failures.append(
+                fuzzing.Failure(call.op.name, backend, found[0], found[1], call.recipe, line, found[2])
+            )
+
+
+def _finish_fuzz(
+    summary: Any, settings: dict[str, Any], as_json: bool, wide: bool, output: str | None, interrupted: bool
+) -> None:
+    """Show and save what was drawn and what failed, and leave with the exit code."""
+    columns = ["operator", "drawn", "option", "how often"]
+    shown = []
+    for (op, option), counter in sorted(summary.options.items(), key=lambda item: item[0]):
+        shown.append([op, str(summary.operators[op]), option, _counted(counter)])
+    numbers = {
+        "calls": summary.calls, "drawn": summary.drawn, "seconds": summary.seconds, "failures": len(summary.failures),
+    }  # fmt: skip
+    rows = [dict(zip(columns, row, strict=True)) for row in shown]
+    failures = [asdict(failure) for failure in summary.failures]
+    text = console.as_json(
+        {"summary": numbers, "settings": settings, "failures": failures, "skipped": summary.skipped, "options": rows}
+    )
+    if output:
+        console.write(output, _formatted(Path(output).suffix, text, columns, shown))
+    if as_json:
+        console.say(text)
+    else:
+        console.table("", columns, shown, ["drawn"], first=["operator", "option", "how often"], folded=["how often"],
+                      wide=wide)  # fmt: skip
+        for failure in summary.failures:
+            console.say(f"FAIL {failure.op} {failure.backend}: {failure.kind}: {failure.reason}")
+        console.say(
+            f"{summary.calls} calls of {summary.drawn} drawn in {summary.seconds:.0f} s, "
+            f"{len(summary.failures)} failures"
+        )
+    for what, why in summary.skipped.items():
+        console.note(f"left out: {what}: {why}")
+    for failure in summary.failures:
+        console.note(f"failed: {failure.command}", command=True)
+    if interrupted:
+        console.warn("interrupted: this is what was drawn until then")
+        raise SystemExit(console.INTERRUPTED)
+    if summary.failures:
+        raise SystemExit(console.FAILED)
+    if not summary.drawn:
+        console.fail("nothing was called", console.FAILED)
+
+
+def _counted(counter: Counter[Any]) -> str:
+    """Each value and how often it was drawn; of many whole numbers, from where to where."""
+    if len(counter) > 8 and all(type(value) is int for value in counter):
+        return f"{min(counter)}..{max(counter)} x{counter.total()}"
+    return ", ".join(f"{_plain(value)} x{number}" for value, number in sorted(counter.items(), key=lambda i: str(i[0])))
+
+
+def _plain(value: Any) -> str:
+    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -36,7 +36,16 @@ def _unit(context: click.Context, option: click.Parameter, values: tuple[str, ..
 @click.option("--offset", "offsets", multiple=True, metavar="FILE.npy", help="Offsets of a layer (N, 2*OG*K, OH, OW); "
               "repeat for layers above each other, the top one last.")  # fmt: skip
 @click.option("--image", metavar="FILE", help="Image file of the whole input, drawn beneath.")
-@click.option("--demo", is_flag=True, help="A photograph that matplotlib ships, with synthetic offsets.")
+@click.option("--demo", is_flag=False, flag_value="filters", type=click.Choice(["filters", "bins"]),
+              help="A photograph that matplotlib ships, with synthetic offsets of filters or, as --demo bins, of the "
+              "bins of regions.")  # fmt: skip
+@click.option("--rois", metavar="FILE.npy", help="Regions (R, 5) in image coordinates: --offset is then theirs, "
+              "(R, 2, PH, PW), and what is shown are their bins.")  # fmt: skip
+@click.option("--spatial-scale", default=1 / 16, show_default="1/16", type=click.FloatRange(0, min_open=True),
+              help="Of --rois: pixels of the map for one of the image.")  # fmt: skip
+@click.option("--gamma", default=0.1, show_default=True, help="Of --rois: factor of their offsets.")
+@click.option("--convention", default="paper", show_default=True, type=click.Choice(["paper", "rfcn", "mmcv"]),
+              help="Of --rois: as of deform_roi_pool.")  # fmt: skip
 @click.option("-o", "--output", metavar="FILE.png", help="Picture to write (.png, .svg or .pdf).")
 @click.option("--at", "units", multiple=True, callback=_unit, metavar="ROW,COLUMN", help="A unit of the top layer's "
               "output; repeatable. Default: the middle.")  # fmt: skip
@@ -52,7 +61,11 @@ def _unit(context: click.Context, option: click.Parameter, values: tuple[str, ..
 def sampling(
     offsets: tuple[str, ...],
     image: str | None,
-    demo: bool,
+    demo: str | None,
+    rois: str | None,
+    spatial_scale: float,
+    gamma: float,
+    convention: str,
     output: str | None,
     units: list[tuple[int, int]],
     kernel: tuple[int, int],
@@ -67,6 +80,8 @@ def sampling(
 ) -> None:
     """Show where deformable filters look: a picture of their sampling points, and numbers of each layer's offsets.
 
+    With --rois, the bins of deformable RoI pooling (Fig. 7 of the paper), and how far they move.
+
     The numbers: mean and standard deviation of the effective dilation (Table 2 of the paper) of the filters whose
     offsets are all finite, and how many are not; how many points touch no pixel of the input, NaNs and infinities,
     and how far points move, in pixels of the layer's input.
@@ -77,19 +92,33 @@ def sampling(
     \b
     Examples:
       dcn-bench sampling --demo -o demo.png
+      dcn-bench sampling --demo bins -o bins.png
+      dcn-bench sampling --rois rois.npy --offset trans.npy --image street.jpg -o bins.png
       dcn-bench sampling --offset res5c.npy --dilation 2
       dcn-bench sampling --offset res5a.npy --offset res5b.npy --offset res5c.npy --dilation 2 \\
                          --image street.jpg --at 20,30 --at 12,40 -o points.png
     """
     import importlib.util
 
-    if demo == bool(offsets):
+    if bool(demo) == bool(offsets):
         console.fail("expected either --offset or --demo")
     context = click.get_current_context()
-    own = [name for name in ("image", "kernel", "stride", "padding", "dilation", "input_size", "index", "group")
-           if demo and context.get_parameter_source(name) is ParameterSource.COMMANDLINE]  # fmt: skip
-    if own:
-        console.fail(f"--demo has its own image and layers: --{own[0].replace('_', '-')} belongs to --offset")
+
+    def given(*names: str) -> str:
+        found = [name for name in names if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+        return f"--{found[0].replace('_', '-')}" if found else ""
+
+    of_filters, of_regions = ("kernel", "stride", "padding", "dilation", "input_size", "index", "group"), (
+        "rois", "spatial_scale", "gamma", "convention")  # fmt: skip
+    own = given("image", *of_filters, *of_regions)
+    if demo and own:
+        console.fail(f"--demo has its own image and layers: {own} belongs to --offset")
+    if (rois or demo == "bins") and given("units", *of_filters):
+        console.fail(f"{given('units', *of_filters)} is about filters: expected none with bins".replace("units", "at"))
+    if offsets and not rois and given(*of_regions):
+        console.fail(f"{given(*of_regions)} is about regions: expected --rois too")
+    if rois and len(offsets) > 1:
+        console.fail("--offset: expected one file beside --rois")
     if demo and not output:
         console.fail("--demo draws a picture: expected -o FILE.png")
     if output:
@@ -101,6 +130,24 @@ def sampling(
     elif image or units:
         console.fail("--image and --at belong to a picture: expected -o FILE.png")
     photograph, caption = None, ""
+    if rois or demo == "bins":
+        from dcn_kernels.cli import roi_bins
+
+        if demo:
+            from dcn_kernels.deformation import bins_picture
+
+            photograph, boxes, moves, spatial_scale = bins_picture.demo()
+            convention, caption = "rfcn", bins_picture.SYNTHETIC
+            console.note(f"--demo: {bins_picture.DEMO}")
+        else:
+            boxes = _array(str(rois), "--rois", 2, "(R, 5)")
+            moves = _array(offsets[0], "--offset", 4, "(R, 2, PH, PW)")
+            photograph = _picture(image) if image else None
+        roi_bins.show(
+            boxes, moves, photograph=photograph, output=output, spatial_scale=spatial_scale, gamma=gamma,
+            convention=convention, caption=caption, as_json=as_json, wide=wide,
+        )  # fmt: skip
+        return
     if demo:
         from dcn_kernels.deformation import picture as sampling_picture
 
@@ -144,7 +191,7 @@ def _names(paths: tuple[str, ...]) -> list[str]:
     ]
 
 
-def _array(path: str) -> Any:
+def _array(path: str, option: str = "--offset", axes: int = 4, expected: str = "(N, 2*OG*K, OH, OW)") -> Any:
     import numpy as np
 
     try:
@@ -152,11 +199,11 @@ def _array(path: str) -> Any:
     except Exception as error:  # NumPy evaluates the header, which may be anything
         why = getattr(error, "strerror", None) or str(error)
         why = "no .npy file" if "pickle" in why else why  # NumPy takes all else for a pickle
-        console.fail(f"--offset: cannot read {path}: {why}")
-    if not isinstance(found, np.ndarray) or found.ndim != 4:
-        console.fail(f"--offset: {path}: expected one array (N, 2*OG*K, OH, OW), got {getattr(found, 'shape', found)}")
+        console.fail(f"{option}: cannot read {path}: {why}")
+    if not isinstance(found, np.ndarray) or found.ndim != axes:
+        console.fail(f"{option}: {path}: expected one array {expected}, got {getattr(found, 'shape', found)}")
     if not found.size:
-        console.fail(f"--offset: {path}: expected at least one offset, got the shape {found.shape}")
+        console.fail(f"{option}: {path}: expected at least one element, got the shape {found.shape}")
     return np.asarray(found)
 
 

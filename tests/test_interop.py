@@ -368,7 +368,7 @@ def test_convert_offsets_takes_any_kind(name: str) -> None:
     np.testing.assert_array_equal(back(got), dcn_kernels.convert_offsets(offset, **options))
 
 
-# ---------------------------------------------------------------- README: coming from another library
+# ---------------------------------------------------------------- docs/how-to/migrate.md
 
 
 def resampled(image: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:

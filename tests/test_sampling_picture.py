@@ -198,6 +198,18 @@ def test_sampling_draws_own_offsets_over_an_image(tmp_path: Path) -> None:
         (["--offset", "flat.npy"], "flat.npy: expected one array (N, 2*OG*K, OH, OW), got (3,)"),
         (["--offset", "o.npy", "--kernel", "3by3"], "expected a whole number or HxW, got '3by3'"),
         (["--offset", "o.npy", "--kernel", "\u00b2"], "expected a whole number or HxW, got '\u00b2'"),
+        (["--offset", "o.npy", "--gamma", "1"], "--gamma is about regions: expected --rois too"),
+        (
+            ["--offset", "t.npy", "--rois", "r.npy", "--kernel", "5"],
+            "--kernel is about filters: expected none with bins",
+        ),
+        (["--demo", "bins", "-o", "x.png", "--at", "1,1"], "--at is about filters: expected none with bins"),
+        (["--demo", "bins", "-o", "x.png", "--gamma", "1"], "--gamma belongs to --offset"),
+        (["--offset", "t.npy", "--offset", "t.npy", "--rois", "r.npy"], "--offset: expected one file beside --rois"),
+        (["--rois", "r.npy"], "expected either --offset or --demo"),
+        (["--offset", "t.npy", "--rois", "t.npy"], "--rois: t.npy: expected one array (R, 5), got (2, 2, 3, 3)"),
+        (["--offset", "o.npy", "--rois", "r.npy"], "deform_roi_bins: offset: expected shape (R, 2, PH, PW)"),
+        (["--offset", "t.npy", "--rois", "nan.npy", "-o", "x.png"], "a picture needs regions that are finite"),
     ],
 )
 def test_wrong_use_is_one_line_and_exit_code_2(
@@ -209,6 +221,9 @@ def test_wrong_use_is_one_line_and_exit_code_2(
     np.save("wide.npy", np.zeros((1, 18, 9, 9)))
     np.save("whole.npy", np.zeros((1, 18, 4, 4), int))
     np.save("flat.npy", np.zeros(3))
+    np.save("r.npy", np.array([[0, 0, 0, 31, 31.0], [0, 16, 16, 47, 63]]))
+    np.save("nan.npy", np.array([[0, 0, 0, 31, np.nan], [0, 16, 16, 47, 63]]))
+    np.save("t.npy", np.zeros((2, 2, 3, 3)))
     Path("text").write_text("text")
     result = CliRunner().invoke(main, ["sampling", *arguments])
     assert result.exit_code == 2, result.output
@@ -217,3 +232,53 @@ def test_wrong_use_is_one_line_and_exit_code_2(
     if not result.stderr.startswith("Usage:"):  # of click, for a value that it cannot read
         assert result.stderr.count("\n") == 1 and result.stderr.startswith("error: ")
     assert not Path("x.png").exists()
+
+
+# ---------------------------------------------------------------- bins of regions
+
+
+def _regions(folder: Path) -> list[str]:
+    """Two regions, of which the second's bins move by 0.1 * 5 of its width of 2 pixels of the map."""
+    np.save(folder / "r.npy", np.array([[0, 0, 0, 31, 31.0], [0, 32, 32, 63, 63]]))
+    offset = np.zeros((2, 2, 2, 2))
+    offset[1, 0] = 5
+    offset[1, 0, 1, 1] = np.nan
+    np.save(folder / "t.npy", offset)
+    return ["sampling", "--rois", str(folder / "r.npy"), "--offset", str(folder / "t.npy"), "--convention", "rfcn"]
+
+
+def test_the_numbers_of_bins_are_moves_in_pixels_of_the_map(tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, [*_regions(tmp_path), "--json"])
+    assert result.exit_code == 0, result.output
+    still, moved = _strict(result.stdout)
+    assert still["median_move"] == still["longest_move"] == 0 and still["not_finite"] == 0
+    assert moved["box"] == [32, 32, 63, 63] and moved["not_finite"] == 1
+    assert moved["median_move"] == pytest.approx(1) and moved["longest_move"] == pytest.approx(1)
+
+
+def test_the_picture_of_bins_has_them_where_the_operator_samples() -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.patches import Rectangle
+
+    from dcn_kernels import deform_roi_bins
+    from dcn_kernels.deformation.bins_picture import compose
+
+    rois = np.array([[0, 0, 0, 31, 31.0], [0, 32, 32, 63, 63]])
+    offset = np.zeros((2, 2, 2, 2))
+    offset[1, 0] = 5
+    given = {"output_size": 2, "spatial_scale": 1 / 16, "convention": "rfcn"}
+    plain, bins = deform_roi_bins(rois, **given), deform_roi_bins(rois, offset, **given)
+    still, moved = compose(rois, plain, bins, np.zeros((80, 100)), 1 / 16).axes
+    for axis, shift in ((still, 0), (moved, 16)):  # a pixel of the map is 16 of the image
+        boxes = [patch.get_bbox().extents for patch in axis.patches if isinstance(patch, Rectangle)]
+        assert len(boxes) == 1 + 4 + 4
+        np.testing.assert_allclose(np.array(boxes[5:]) - boxes[1:5], np.tile([shift, 0, shift, 0], (4, 1)), atol=1e-4)
+        assert boxes[1][:2] == pytest.approx(boxes[0][:2])  # the first bin begins where its region does
+
+
+def test_the_picture_of_bins_is_written(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    for name, command in (("b.png", ["sampling", "--demo", "bins"]), ("b.svg", _regions(tmp_path))):
+        result = CliRunner().invoke(main, [*command, "-o", str(tmp_path / name)])
+        assert result.exit_code == 0, result.output
+        assert (tmp_path / name).stat().st_size > 5000

@@ -181,10 +181,11 @@ def add_point(itemsize, n, v, length, clamped, weight, slope, index, weights, sl
 
 
 @exact
-def lines(rule, ratio, start, size, bins, i, shift, length, itemsize, index, weights, slopes):
+def lines(rule, ratio, sloped, start, size, bins, i, shift, length, itemsize, index, weights, slopes):
     """The lines of pixels that bin i touches, into the lists at three addresses: (how many, its points or pixels).
 
-    `shift` moves the bin's points; it is not NaN.
+    `shift` moves the bin's points; it is not NaN. A point that does not count but has a derivative, at -1, is left out
+    unless `sloped`: it reads no pixel, so that an infinite one does not reach it.
     """
     stay_apart()
     real = type(start)
@@ -204,7 +205,7 @@ def lines(rule, ratio, start, size, bins, i, shift, length, itemsize, index, wei
         low, high = touching(first + np.float64(shift), 1.0, end - first, length, eps)
         for j in range(np.int64(high - low)):
             v = real(first + (low + j)) + shift
-            if v >= -1 and v < length:
+            if (v > -1 or (sloped and v == -1)) and v < length:
                 n = add_point(itemsize, n, v, length, False, one if v > -1 else zero, one, index, weights, slopes)
         return n, end - first
     step = size / real(bins)

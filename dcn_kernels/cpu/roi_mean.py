@@ -64,6 +64,7 @@ class Shape(NamedTuple):
     block: int  # output channels of a block, a multiple of lanes
     direct: int  # planes are read, and gradients added, in place
     chunks: int  # of RoIs, forward
+    sloped: int  # derivatives are wanted, also of points that do not count
 
 
 class Wanted(NamedTuple):
@@ -123,7 +124,7 @@ def bin_lines(s, box, factor, offset, r, cls, ph, pw, itemsize, cap, index, weig
     if s.shifted or ph == 0:
         at = pw * cap
         n, several = lines(
-            s.rule, s.ratio, start_x, w, s.PW, pw, shift_x, s.W,
+            s.rule, s.ratio, s.sloped, start_x, w, s.PW, pw, shift_x, s.W,
             itemsize, index + at * 8, weight + at * itemsize, slope + at * itemsize,
         )  # fmt: skip
         poke(found + pw * 8, n)
@@ -131,7 +132,7 @@ def bin_lines(s, box, factor, offset, r, cls, ph, pw, itemsize, cap, index, weig
     if s.shifted or pw == 0:
         at = s.PW * cap
         n, several = lines(
-            s.rule, s.ratio, start_y, h, s.PH, ph, shift_y, s.H,
+            s.rule, s.ratio, s.sloped, start_y, h, s.PH, ph, shift_y, s.H,
             itemsize, index + at * 8, weight + at * itemsize, slope + at * itemsize,
         )  # fmt: skip
         poke(found + s.PW * 8, n)
@@ -467,7 +468,7 @@ def plan(
     chunks = 1 if backward else max(1, min(-(-4 * threads // (N * len(units))), len(rois) // 256))
     shape = Shape(
         C, H, W, *output_size, classes, *rule.maps, rule.number, rule.samples, *part_size,
-        int(offset is not None), int(mask is not None), lanes, block, int(direct), chunks,
+        int(offset is not None), int(mask is not None), lanes, block, int(direct), chunks, int(backward),
     )  # fmt: skip
     nothing = np.empty((1, 1, 1, 1), real)
     shifts = sum(array.size for array in (offset, mask) if array is not None)

@@ -133,10 +133,14 @@ def corner_table(asked, y, x, m, count, height, width, limits, index, weight, ro
 
 @inner
 def coordinate_gradients(y, x, m, count, limits, dots, grad_y, grad_x, grad_m):
-    """Gradients of positions and masks from dots[p, q] = sum_c g_c x_c(q) over the corners q of position p."""
+    """Gradients of positions and masks from dots[p, q] = sum_c g_c x_c(q) over the corners q of position p.
+
+    A g that is infinite or NaN makes all four dots so, and with them the gradients that the rule holds at 0: 0 times g.
+    Pixels do that to their own dots alone, and a rule of 0 reads none.
+    """
     stay_apart()
     one = y.dtype.type(1)
-    zero = one - one
+    zero, endless = one - one, y.dtype.type(np.inf)
     low_y, high_y, first_y, last_y, start_y, stop_y = limits[0]
     low_x, high_x, first_x, last_x, start_x, stop_x = limits[1]
     for p in range(count):
@@ -152,6 +156,8 @@ def coordinate_gradients(y, x, m, count, limits, dots, grad_y, grad_x, grad_m):
         slope_x = m[p] * ((one - ly) * (d01 - d00) + ly * (d11 - d10))
         wrong = (y[p] != y[p]) | (x[p] != x[p])
         nan = y[p] + x[p]
-        grad_y[p] = nan if wrong else (slope_y if moves_y else m[p] * zero)
-        grad_x[p] = nan if wrong else (slope_x if moves_x else m[p] * zero)
-        grad_m[p] = nan if wrong else (value if counts else zero)
+        finite = (abs(d00) < endless) | (abs(d01) < endless) | (abs(d10) < endless) | (abs(d11) < endless)
+        still = zero if finite else d00 * zero  # 0, or NaN of a g
+        grad_y[p] = nan if wrong else (slope_y if moves_y else m[p] * zero + still)
+        grad_x[p] = nan if wrong else (slope_x if moves_x else m[p] * zero + still)
+        grad_m[p] = nan if wrong else (value if counts else still)

@@ -127,7 +127,7 @@ KERNEL(data_gradients, THREADS)
           if (grad_input != nullptr) scatter(grad_input, at, g.v, s, c);
         }
         if (!sums_up) continue;
-        spot_gradients_t own = sums.over_lanes(at, s.lanes);
+        spot_sums_t own = sums.over_lanes(s.lanes);
         if (lane || row >= valid_m) continue;
         if (og * per_og < channel) {  // the offset group began before these channels
           const acc_t* const before = carry + ((turn ^ 1) * BM + row) * 4;

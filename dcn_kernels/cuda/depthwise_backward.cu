@@ -69,7 +69,7 @@ KERNEL(depthwise_data_gradients, THREADS)
         if (grad_input != nullptr) scatter(grad_input, at, g, s, c);
       }
       if (!sums_up) continue;
-      const spot_gradients_t own = sums.over_lanes(at, s.lanes);
+      const spot_sums_t own = sums.over_lanes(s.lanes);
       if (mine && lane == 0) write_gradients(grad_offset, grad_mask, at, own, s, m, k, og);
     }
     __syncthreads();  // the spots are used up

@@ -74,8 +74,9 @@ KERNEL(resample_gradients, THREADS)
         if (grad_offset != nullptr) {
           acc_t x[4];
           load_corners(x, input, place.n * s.input_n + c * s.input_c + at.y * s.input_y + at.x * s.input_x, inside, s);
-          if (at.moves_y) sum_y += g * ((1 - at.lx) * (x[2] - x[0]) + at.lx * (x[3] - x[1]));
-          if (at.moves_x) sum_x += g * ((1 - at.ly) * (x[1] - x[0]) + at.ly * (x[3] - x[2]));
+          // 0 times a g that is not finite is NaN; a pixel that the rule does not read is not multiplied
+          sum_y += g * (at.moves_y ? (1 - at.lx) * (x[2] - x[0]) + at.lx * (x[3] - x[1]) : acc_t(0));
+          sum_x += g * (at.moves_x ? (1 - at.ly) * (x[1] - x[0]) + at.ly * (x[3] - x[2]) : acc_t(0));
         }
         if (grad_input != nullptr) {
           acc_t* const to = grad_input + (place.n * s.grad_n + c * s.grad_c + at.y * s.grad_y + at.x * s.grad_x);

@@ -36,39 +36,34 @@ __device__ __forceinline__ void load_corner(acc_t (&x)[V], const scalar_t* from,
   for (int v = 0; v < V; v++) x[v] = acc_t(corner.v[v]);
 }
 
-struct spot_gradients_t {
-  acc_t y, x, value;  // of the sample in y, in x, and of its mask
-};
-
-// Sums over a sample's channels: with corners x0 x1 / x2 x3, of g (x2 - x0), g (x3 - x1): what moving in y does at the
-// left and the right; of g (x1 - x0), g (x3 - x2): in x at the top and the bottom; of g x(p).
+// Sums over a sample's channels: of g times its derivative in y and in x, and times its value.
 struct spot_sums_t {
-  acc_t left = 0, right = 0, top = 0, bottom = 0, value = 0;
+  acc_t y = 0, x = 0, value = 0;
 
-  // The V channels from c on.
+  // The V channels from c on, with corners x0 x1 / x2 x3.
   __device__ __forceinline__ void add(const spot_t& at, const acc_t (&g)[V], const samples_t& from, int c) {
     const conv_t& s = from.s;
-    acc_t x[4][V];
+    const acc_t ly = at.ly, lx = at.lx;
+    acc_t corner[4][V];
 #pragma unroll
     for (int q = 0; q < 4; q++)
-      load_corner(x[q], from.input + (at.cell + c * s.input_c + q / 2 * s.input_y + q % 2 * s.input_x),
+      load_corner(corner[q], from.input + (at.cell + c * s.input_c + q / 2 * s.input_y + q % 2 * s.input_x),
                   at.flags >> q & 1);
-    const acc_t ly = at.ly, lx = at.lx;
 #pragma unroll
     for (int v = 0; v < V; v++) {
-      left += g[v] * (x[2][v] - x[0][v]);
-      right += g[v] * (x[3][v] - x[1][v]);
-      top += g[v] * (x[1][v] - x[0][v]);
-      bottom += g[v] * (x[3][v] - x[2][v]);
-      value += g[v] * ((1 - ly) * ((1 - lx) * x[0][v] + lx * x[1][v]) + ly * ((1 - lx) * x[2][v] + lx * x[3][v]));
+      const acc_t x0 = corner[0][v], x1 = corner[1][v], x2 = corner[2][v], x3 = corner[3][v];
+      const acc_t slope_y = (1 - lx) * (x2 - x0) + lx * (x3 - x1), slope_x = (1 - ly) * (x1 - x0) + ly * (x3 - x2);
+      const acc_t sample = (1 - ly) * ((1 - lx) * x0 + lx * x1) + ly * ((1 - lx) * x2 + lx * x3);
+      // 0 times a g that is not finite is NaN; a pixel that the rule does not read is not multiplied
+      y += g[v] * (at.flags & MOVES_Y ? slope_y : acc_t(0));
+      x += g[v] * (at.flags & MOVES_X ? slope_x : acc_t(0));
+      value += g[v] * (at.flags & VALUE ? sample : acc_t(0));
     }
   }
 
   // Over the lanes that share the sample; each of them gets it.
-  __device__ __forceinline__ spot_gradients_t over_lanes(const spot_t& at, int lanes) const {
-    return {sum_over_lanes(at.flags & MOVES_Y ? (1 - at.lx) * left + at.lx * right : acc_t(0), lanes),
-            sum_over_lanes(at.flags & MOVES_X ? (1 - at.ly) * top + at.ly * bottom : acc_t(0), lanes),
-            sum_over_lanes(at.flags & VALUE ? value : acc_t(0), lanes)};
+  __device__ __forceinline__ spot_sums_t over_lanes(int lanes) const {
+    return {sum_over_lanes(y, lanes), sum_over_lanes(x, lanes), sum_over_lanes(value, lanes)};
   }
 };
 
@@ -89,7 +84,7 @@ __device__ __forceinline__ void scatter(acc_t* grad_input, const spot_t& at, con
 
 // The sample's grad_offset and grad_mask, where they are wanted.
 __device__ __forceinline__ void write_gradients(offset_t* grad_offset, mask_t* grad_mask, const spot_t& at,
-                                                const spot_gradients_t& sums, const conv_t& s, int m, int k, int og) {
+                                                const spot_sums_t& sums, const conv_t& s, int m, int k, int og) {
   const int pixel = s.first_pixel + m % s.pixels, taps = s.KH * s.KW;
   const index_t area = index_t(s.OH) * s.OW, to = (index_t(m / s.pixels * s.OG + og) * taps + k) * area;
   const acc_t undefined = at.flags & NAN_AT ? acc_t(NOT_A_NUMBER) : acc_t(0);

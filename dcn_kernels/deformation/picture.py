@@ -60,7 +60,7 @@ def draw(*arguments: Any, kind: str, **more: Any) -> bytes:
     """The picture that `compose` makes of the same arguments, as a "png", "svg" or "pdf" file."""
     buffer = io.BytesIO()
     compose(*arguments, **more).savefig(buffer, format=kind, dpi=100)
-    return _smaller(buffer) if kind == "png" else buffer.getvalue()
+    return smaller(buffer) if kind == "png" else buffer.getvalue()
 
 
 def compose(
@@ -117,7 +117,7 @@ def compose(
     axes = figure.subplots(down, across, squeeze=False)
     for axis, unit, points, title in zip(axes.flat, units, seen, titles, strict=False):
         if photograph is not None:
-            axis.imshow(_faint(photograph), extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation="bilinear")
+            axis.imshow(faint(photograph), extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation="bilinear")
         axis.add_patch(Rectangle((-0.5, -0.5), width, height, fill=False, edgecolor="#808080", linewidth=0.8))
         handles = []
         for number, of_layer in enumerate(points):  # the many of the lowest layer first
@@ -207,7 +207,7 @@ def _title(
     return f"{title}\nof {len(points[0])} points: {lost}" if lost else title
 
 
-def _faint(photograph: np.ndarray) -> np.ndarray:
+def faint(photograph: np.ndarray) -> np.ndarray:
     """Grey and most of the way to white, so that points stand out from its darkest, in (h, w, 3) of 0 to 1."""
     whole = np.iinfo(photograph.dtype).max if photograph.dtype.kind in "ui" else 1
     values = photograph.astype(float) / whole
@@ -216,7 +216,7 @@ def _faint(photograph: np.ndarray) -> np.ndarray:
     return np.clip(0.65 + 0.35 * grey, 0, 1)[..., None].repeat(3, -1)
 
 
-def _smaller(buffer: io.BytesIO) -> bytes:
+def smaller(buffer: io.BytesIO) -> bytes:
     """The PNG with a palette: a third of the size, for pages and repositories."""
     from PIL import Image  # matplotlib needs it too
 

@@ -43,6 +43,7 @@ class Op:
     flops: Callable[[Sizes, str], float]  # (sizes, direction) -> floating-point operations
     bytes: Callable[[Sizes, str, int], float]  # (sizes, direction, itemsize) -> bytes of all arrays, each moved once
     scatters: bool = True  # the backward adds into shared elements, so `deterministic` matters
+    sums_lines: bool = False  # a bin's samples are summed along each axis first: see check/wrong_calls.py
     zero_sizes: tuple[str, ...] = field(default=("N", "R"))  # sizes that may be 0
     saved: dict[str, str] = field(default_factory=dict)  # int64 arrays that the forward gives with return_<name>=True
     gpu: dict[str, tuple[str, ...]] = field(default_factory=dict)  # what only a GPU takes -> directions that take it
@@ -55,6 +56,8 @@ class Op:
     product: Callable[[Sizes], tuple[int, int, int, int]] | None = None  # the plain operator's (how many, m, k, n)
 
     kinks: Callable[[int], list[Sample]] | None = None  # seed -> cases on the kinks, with the documented gradients
+    # the choices of a random call -> the call in float64; without it the fuzzer takes the shapes of `samples`
+    drawn: Callable[[Any], Sample] | None = None
     part: Callable[[Sample, int, int], tuple[Sample, dict[str, Any]]] | None = None  # (layer, count, seed) -> a part
 
     def __repr__(self) -> str:

@@ -89,8 +89,10 @@ def deform_conv2d(
     Notes
     -----
     Equation 2 of arXiv 1703.06211; the mask is that of arXiv 1811.11168. Coordinates and interpolation weights are
-    float32 (float64 for float64 inputs) also for half-precision arrays. A NaN coordinate makes its sample NaN;
-    an infinite one is outside.
+    float32 (float64 for float64 inputs) also for half-precision arrays. A NaN coordinate makes its sample NaN, an
+    infinite one is outside. A NaN or infinite mask makes its sample NaN also outside, as 0 times it. A sample that does
+    not count by its border rule reads no pixel, so no NaN or infinite one reaches it; of one that counts all corners
+    on the map do, those of weight 0 too.
 
     Examples
     --------
@@ -162,7 +164,8 @@ def deform_conv2d_backward(
     Where a position lies on a pixel line the gradient of an offset is the right-hand derivative. In particular at
     y = -1, where every border tap of a zero offset with padding 1 lies, it is that of the cell [-1, 0), as in
     torchvision; mmcv and paddle give 0 there. A sample with a NaN coordinate adds nothing to the input's gradient
-    and makes its own offset and mask gradients NaN.
+    and makes its own offset and mask gradients NaN. A NaN or infinite `grad_output` or mask makes NaN what it
+    multiplies, also where that is 0 because a sample is outside or clamped.
 
     On a CPU the result is bitwise the same at every number of threads. On a GPU the input's gradient is summed with
     atomics in no fixed order unless ``deterministic=True``.
@@ -335,6 +338,7 @@ DEFORM_CONV2D = Op(
         "offset_groups": 1,
     },
     layer_call=samples.deform_conv2d_layer_call,
+    drawn=samples.deform_conv2d_drawn,
     layer_sample=samples.deform_conv2d_layer,
     kinks=samples.deform_conv2d_kinks,
     part=samples.deform_conv2d_part,

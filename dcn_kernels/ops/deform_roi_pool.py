@@ -82,8 +82,9 @@ def deform_roi_pool(
 
     Notes
     -----
-    Equation 6 of arXiv 1703.06211; without offsets it is Eq. 5. A NaN offset makes its bin NaN. On a GPU, where
-    values are not read back, an invalid RoI gives NaN and zero gradients.
+    Equation 6 of arXiv 1703.06211; without offsets it is Eq. 5. A NaN offset makes its bin NaN, a NaN or infinite mask
+    also a bin of 0. A sample that does not count reads no pixel. On a GPU, where values are not read back, an invalid
+    RoI gives NaN and zero gradients.
 
     Examples
     --------
@@ -151,8 +152,10 @@ def deform_roi_pool_backward(
     -----
     The gradient of an offset is the right-hand derivative of the forward, 0 where a coordinate is clamped ("rfcn": 0
     also at whole pixels). mmcv's own is wrong wherever a coordinate is clamped. A bin with a NaN offset adds nothing
-    to the input's gradient and makes both its offset gradients NaN. On a GPU sums are made with atomics in no fixed
-    order unless ``deterministic=True``.
+    to the input's gradient and makes both its offset gradients NaN. A NaN or infinite `grad_output` or mask makes NaN
+    what it multiplies, also where that is 0. A bin's samples are summed along each axis before a pixel is read: a pixel
+    that is not finite may make the gradients of its bin's offsets and mask NaN also where a rule holds a part at 0. On
+    a GPU sums are made with atomics in no fixed order unless ``deterministic=True``.
 
     Examples
     --------
@@ -300,8 +303,8 @@ def deform_ps_roi_pool_backward(
 
     Notes
     -----
-    The derivative along an axis is 0 where the coordinate was clamped and where it is a whole number. NaN
-    translations and repeatability: as `deform_roi_pool_backward`.
+    The derivative along an axis is 0 where the coordinate was clamped and where it is a whole number. NaN and
+    infinite values and repeatability: as `deform_roi_pool_backward`.
 
     Examples
     --------
@@ -367,6 +370,7 @@ DEFORM_ROI_POOL = Op(
     derived=POOLED,
     divides=(),
     samples=samples.deform_roi_pool,
+    drawn=samples.deform_roi_pool_drawn,
     kinks=samples.deform_roi_pool_kinks,
     layer_sizes=LAYER_SIZES,
     layer_params={"gamma": 0.1, "sampling_ratio": 4, "convention": "rfcn"},
@@ -377,6 +381,7 @@ DEFORM_ROI_POOL = Op(
     bytes=_bytes,
     gpu=GPU,
     check_values=shapes.check_rois,
+    sums_lines=True,
 )
 
 DEFORM_PS_ROI_POOL = Op(
@@ -397,6 +402,7 @@ DEFORM_PS_ROI_POOL = Op(
     },
     divides=(("(G*G)", "C"), ("classes", "C/(G*G)")),
     samples=samples.deform_ps_roi_pool,
+    drawn=samples.deform_ps_roi_pool_drawn,
     kinks=samples.deform_ps_roi_pool_kinks,
     layer_sizes={**LAYER_SIZES, "classes": 1},
     layer_params={"group_size": None, "part_size": None, "sample_per_part": 4, "trans_std": 0.1},
@@ -407,4 +413,5 @@ DEFORM_PS_ROI_POOL = Op(
     bytes=_bytes,
     gpu=GPU,
     check_values=shapes.check_rois,
+    sums_lines=True,
 )

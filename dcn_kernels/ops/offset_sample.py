@@ -55,7 +55,8 @@ def offset_sample2d(
 
     Notes
     -----
-    With ``OG = C`` and border "edge" this is ConvOffset2D of pytorch-deform-conv.
+    With ``OG = C`` and border "edge" this is ConvOffset2D of pytorch-deform-conv. NaN and infinite coordinates and
+    pixels: as `deform_conv2d`.
 
     Examples
     --------
@@ -102,6 +103,10 @@ def offset_sample2d_backward(
     ------
     ValueError, TypeError
         As `offset_sample2d`.
+
+    Notes
+    -----
+    Derivatives on pixel lines, NaN and infinite values, repeatability: as `deform_conv2d_backward`.
 
     Examples
     --------
@@ -153,6 +158,7 @@ OFFSET_SAMPLE2D = Op(
     samples=samples.offset_sample2d,
     layer_sizes={**dict.fromkeys("NCHW"), "N": 1, "offset_groups": 1},
     layer_call=samples.offset_sample2d_layer_call,
+    drawn=samples.offset_sample2d_drawn,
     layer_sample=samples.offset_sample2d_layer,
     kinks=samples.offset_sample2d_kinks,
     flops=_flops,

@@ -180,8 +180,9 @@ def _backward(
         scatter(grads["input"][b.image, b.channels], b.at, each)
         if offset is not None:
             slope_y, slope_x = gradient(plane, b.at)
-            grads["offset"][b.offset_x] += (each * slope_x).sum() * b.reach_x
-            grads["offset"][b.offset_y] += (each * slope_y).sum() * b.reach_y
+            nothing = (grad * m * 0).sum()  # NaN where one is not finite, also in a bin without samples
+            grads["offset"][b.offset_x] += ((each * slope_x).sum() + nothing) * b.reach_x
+            grads["offset"][b.offset_y] += ((each * slope_y).sum() + nothing) * b.reach_y
         if mask is not None:
             grads["mask"][r, ph, pw] = (grad * sample(plane, b.at).sum(axis=(1, 2))).sum()
     return grads

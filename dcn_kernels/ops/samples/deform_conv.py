@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from math import lcm
 from typing import Any
 
 import numpy as np
 
 from dcn_kernels.dispatch.row import Sample
-from dcn_kernels.ops.samples.draw import layer_offsets, off_kinks, slopes_on_lines, values
+from dcn_kernels.ops.samples.draw import Choices, drawn_positions, layer_offsets, off_kinks, slopes_on_lines, values
 
 # name, (N, C, H, W), O, (KH, KW), groups, offset groups, stride, padding, dilation, border, mask, bias, reach
 _CASES = (
@@ -103,6 +104,31 @@ def deform_conv2d_kinks(seed: int) -> list[Sample]:
             label = f"kink: {border}, " + ("whole offsets" if reach else "offset 0")
             cases.append(Sample(arrays, {**params, "border": border}, label, expected={"offset": expected}))
     return cases
+
+
+def deform_conv2d_drawn(choose: Choices) -> Sample:
+    """Any layer: sizes, groups, kernel and borders."""
+    groups, OG, N = choose.size("groups", 1, 3), choose.size("OG", 1, 3), choose.of("N", (1, 1, 1, 1, 2, 2, 0))
+    C = lcm(groups, OG) * choose.of("C", (1, 1, 2, 2, 3, 7, 17))
+    O = groups * choose.of("O", (1, 1, 2, 3, 6, 17))
+    kernel = choose.of("kernel", ((1, 1), (1, 1), (1, 2), (2, 1), (1, 3), (2, 2), (3, 2), (3, 3)))
+    pairs = ((1, 1), (1, 1), (2, 1), (1, 2), (3, 3))
+    stride, dilation = choose.of("stride", pairs), choose.of("dilation", pairs)
+    padding = choose.of("padding", ((0, 0), (1, 1), (2, 0), (0, 3)))
+    least = [max(1, d * (k - 1) + 1 - 2 * p) for d, k, p in zip(dilation, kernel, padding, strict=True)]
+    H, W = choose.length("H", least[0]), choose.length("W", least[1])
+    mask, bias = choose.of("mask", (False, True)), choose.of("bias", (False, True))
+    shapes, params = _call((N, C, H, W), O, kernel, groups, OG, stride, padding, dilation)
+    arrays = _arrays(choose.rng, shapes, mask=mask, bias=bias)
+    arrays["offset"] = drawn_positions(choose, "offset", shapes["offset"])
+    for name, options in (
+        ("border", ("zeros", "msra", "edge")),
+        ("precision", ("float32", "ieee")),
+        ("deterministic", (False, True)),
+        ("workspace_bytes", (None, 1, 40_000)),
+    ):
+        params[name] = choose.of(name, options)
+    return Sample(arrays, params)
 
 
 def deform_conv2d_part(sample: Sample, count: int, seed: int) -> tuple[Sample, dict[str, Any]]:

@@ -9,7 +9,10 @@ import numpy as np
 from dcn_kernels.dispatch.row import Sample
 from dcn_kernels.ops.samples.draw import (
     MAP,
+    Choices,
     boxes,
+    drawn_channels,
+    drawn_rois,
     layer_offsets,
     roi_inputs,
     roi_layer_call,
@@ -121,6 +124,41 @@ def deform_ps_roi_layer_call(layer: dict[str, Any]) -> tuple[dict[str, tuple[int
     """Shapes of the arrays of a layer, a part for each bin, and its parameters."""
     shapes, params = roi_layer_call(layer)
     return {**shapes, "trans": (layer["R"], 2 * layer["classes"], *layer["output_size"])}, params
+
+
+def _drawn_shifts(choose: Choices, shape: tuple[int, ...]) -> np.ndarray:
+    """Normalised: in eighths, so that many positions lie on pixel lines, or anywhere."""
+    shift = 2 * choose.rng.standard_normal(shape)
+    return np.round(shift * 8) / 8 if choose.of("shifts", ("eighths", "any")) == "eighths" else shift
+
+
+def deform_roi_pool_drawn(choose: Choices) -> Sample:
+    """Any convention, with or without offsets and masks."""
+    (N, H, W), rois, params = drawn_rois(choose)
+    shape = len(rois), *params["output_size"]
+    arrays = {"input": values(choose.rng, (N, drawn_channels(choose), H, W)), "rois": rois}
+    if choose.of("offset", (False, True)):
+        arrays["offset"] = _drawn_shifts(choose, (shape[0], 2, *shape[1:]))
+    if choose.of("mask", (False, True)):
+        arrays["mask"] = choose.rng.integers(8, 64, shape) / 64
+    convention, ratio = choose.of("convention", ("paper", "rfcn", "mmcv")), choose.of("sampling_ratio", (1, 2, 3, 0))
+    gamma = choose.of("gamma", (0.1, 0.25, -1.0))
+    return Sample(arrays, {**params, "gamma": gamma, "sampling_ratio": ratio, "convention": convention})
+
+
+def deform_ps_roi_pool_drawn(choose: Choices) -> Sample:
+    """Any groups, parts and classes."""
+    (N, H, W), rois, params = drawn_rois(choose)
+    (PH, PW), square = params["output_size"], params["output_size"][0] == params["output_size"][1]
+    group = choose.of("group_size", (None, 1, 2, 3) if square else (1, 2, 3))
+    part, classes = choose.of("part_size", (None, 1, 2, 3, 4)), choose.size("classes", 1, 2)
+    C = drawn_channels(choose, (group or PH) ** 2, classes)
+    arrays = {"input": values(choose.rng, (N, C, H, W)), "rois": rois}
+    if choose.of("trans", (False, True)):
+        arrays["trans"] = _drawn_shifts(choose, (len(rois), 2 * classes, part or PH, part or PW))
+    samples = choose.size("sample_per_part", 1, 4)
+    more = {"group_size": group, "part_size": part, "sample_per_part": samples}
+    return Sample(arrays, {**params, **more, "trans_std": choose.of("trans_std", (0.1, 0.25, -1.0))})
 
 
 def deform_roi_layer(layer: dict[str, Any], *, offsets: str = "random", spread: float = 1.0, seed: int = 0) -> Sample:

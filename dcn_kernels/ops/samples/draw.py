@@ -6,6 +6,8 @@ central differences with a step of up to 0.1 stay inside one cell, where bilinea
 
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -123,3 +125,76 @@ def roi_inputs(layer: dict[str, Any], seed: int) -> tuple[np.random.Generator, d
     low = rng.uniform(0, 1, (R, 2)) * (length - size)
     rois = np.concatenate([rng.integers(0, N, (R, 1)), low, low + size], axis=1)
     return rng, {"input": rng.standard_normal((N, C, H, W)), "rois": rois}
+
+
+# ---------------------------------------------------------------- calls drawn for `dcn-check fuzz`
+
+
+class Choices:
+    """The named choices that a drawn call is made of: at random, or those of `fixed`, which leaves out the simplest.
+
+    Options are listed with the simplest first, where shrinking a failed call goes; one listed twice is drawn as often.
+    `rng` draws the arrays' values.
+    """
+
+    def __init__(self, seed: tuple[int, ...], fixed: dict[str, Any] | None = None) -> None:
+        self.rng = np.random.default_rng(seed)
+        self.made: dict[str, Any] = {}
+        self.options: dict[str, Sequence[Any]] = {}
+        self._fixed = fixed
+        self._pick = random.Random(repr(seed))
+
+    def of(self, name: str, options: Sequence[Any]) -> Any:
+        """One of the options."""
+        if self._fixed is None:
+            value = self._pick.choice(options)
+        else:
+            value = self._fixed.get(name, options[0])
+            value = tuple(value) if isinstance(value, list) else value
+            if value not in options:  # of a call in which another choice was simplified
+                value = max(options[0], min(value, options[-1])) if isinstance(options, range) else options[0]
+        self.made[name], self.options[name] = value, options
+        return value
+
+    def size(self, name: str, least: int, most: int) -> int:
+        """A whole number of least..most."""
+        return self.of(name, range(least, most + 1))
+
+    def length(self, name: str, least: int = 1) -> int:
+        """Of a map's axis: small, or now and then more than a tile of pixels or a warp holds."""
+        return least + self.of(name, (*range(12), *range(12), *range(12), 39))
+
+
+def drawn_positions(choose: Choices, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Offsets in pixels: off the pixel lines, on them, or anywhere."""
+    reach, kind = choose.of(f"{name}.reach", (1, 3, 12)), choose.of(name, ("off lines", "on lines", "any"))
+    if kind == "off lines":
+        return off_kinks(choose.rng, shape, reach)
+    if kind == "on lines":
+        return choose.rng.integers(-reach, reach + 1, shape).astype(float)
+    return choose.rng.uniform(-reach, reach, shape)
+
+
+def drawn_rois(choose: Choices) -> tuple[tuple[int, int, int], np.ndarray, dict[str, Any]]:
+    """((N, H, W), rois, the parameters that all RoI operators share): RoIs inside, across and outside the map."""
+    N, R = choose.of("N", (1, 1, 2, 3)), choose.of("R", (1, 2, 3, 4, 5, 0))
+    H, W = choose.length("H"), choose.length("W")
+    scale = choose.of("spatial_scale", (1.0, 0.25, 0.1))
+    length = np.array([W, H]) / scale
+    low = choose.rng.uniform(-0.5, 1, (R, 2)) * length
+    size = choose.rng.uniform(-0.2, 1, (R, 2)) * length * choose.rng.choice([0.2, 1, 3], (R, 1))
+    corners = np.concatenate([low, low + size], axis=1)
+    if choose.of("rois", ("halves", "any")) == "halves":
+        corners = np.round(corners * 2) / 2
+    rois = np.concatenate([choose.rng.integers(0, N, (R, 1)), corners], axis=1)
+    output_size = choose.size("PH", 1, 4), choose.size("PW", 1, 4)
+    more = {
+        "deterministic": choose.of("deterministic", (False, True)),
+        "validate": choose.of("validate", (False, True)),
+    }
+    return (N, H, W), rois, roi_params(output_size, scale, **more)
+
+
+def drawn_channels(choose: Choices, *parts: int) -> int:
+    """Channels of a map, a multiple of the parts' product."""
+    return int(np.prod(parts)) * min(choose.of("C", (1, 1, 2, 3, 8, 17, 37)), max(1, 96 // int(np.prod(parts))))

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from dcn_kernels.dispatch.row import Sample
-from dcn_kernels.ops.samples.draw import layer_offsets, off_kinks, slopes_on_lines, values
+from dcn_kernels.ops.samples.draw import Choices, drawn_positions, layer_offsets, off_kinks, slopes_on_lines, values
 
 _CASES = (
     # name, (N, C, H, W), offset groups, border, reach
@@ -45,6 +45,18 @@ def offset_sample2d_layer_call(layer: dict[str, Any]) -> tuple[dict[str, tuple[i
     N, C, H, W = (layer[letter] for letter in "NCHW")
     shapes: dict[str, tuple[int, ...]] = {"input": (N, C, H, W), "offset": (N, 2 * layer["offset_groups"], H, W)}
     return shapes, {"border": "edge", "deterministic": False}
+
+
+def offset_sample2d_drawn(choose: Choices) -> Sample:
+    """Any map, with a field of offsets for any number of its channels."""
+    N, OG = choose.of("N", (1, 1, 1, 2, 3, 0)), choose.size("OG", 1, 4)
+    C, H, W = OG * choose.of("C", (1, 2, 3, 9)), choose.length("H"), choose.length("W")
+    arrays = {
+        "input": values(choose.rng, (N, C, H, W)),
+        "offset": drawn_positions(choose, "offset", (N, 2 * OG, H, W)),
+    }
+    border = choose.of("border", ("zeros", "msra", "edge"))
+    return Sample(arrays, {"border": border, "deterministic": choose.of("deterministic", (False, True))})
 
 
 def offset_sample2d_layer(

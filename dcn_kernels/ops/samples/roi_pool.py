@@ -7,7 +7,18 @@ from typing import Any
 import numpy as np
 
 from dcn_kernels.dispatch.row import Sample
-from dcn_kernels.ops.samples.draw import MAP, boxes, distinct, roi_inputs, roi_layer_call, roi_params, values
+from dcn_kernels.ops.samples.draw import (
+    MAP,
+    Choices,
+    boxes,
+    distinct,
+    drawn_channels,
+    drawn_rois,
+    roi_inputs,
+    roi_layer_call,
+    roi_params,
+    values,
+)
 
 
 def roi_pool(seed: int) -> list[Sample]:
@@ -78,6 +89,41 @@ def roi_pool_kinks(seed: int) -> list[Sample]:
                 expected[0, 0][max(pixels, key=lambda at: image[0, 0][at])] += 1  # max gives the first
     arrays, params = {"input": image, "rois": rois}, roi_params((2, 2), 1.0, mode="max")
     return [Sample(arrays, params, "kink: max, ties", expected={"input": expected})]
+
+
+def roi_pool_drawn(choose: Choices) -> Sample:
+    """Any pooling, with ties among the pixels."""
+    (N, H, W), rois, params = drawn_rois(choose)
+    arrays = {"input": choose.rng.integers(-8, 9, (N, drawn_channels(choose), H, W)) / 4, "rois": rois}
+    return Sample(arrays, {**params, "mode": choose.of("mode", ("max", "avg"))})
+
+
+def ps_roi_pool_drawn(choose: Choices) -> Sample:
+    """Any position-sensitive pooling."""
+    (N, H, W), rois, params = drawn_rois(choose)
+    PH, PW = params["output_size"]
+    convention, groups, maps = choose.of("convention", ("rfcn", "torchvision")), None, PH * PW
+    if convention == "rfcn" and (PH != PW or choose.of("groups given", (False, True))):
+        groups = choose.size("group_size", 1, 3)
+        maps = groups**2
+    arrays = {"input": values(choose.rng, (N, drawn_channels(choose, maps), H, W)), "rois": rois}
+    return Sample(arrays, {**params, "group_size": groups, "convention": convention})
+
+
+def roi_align_drawn(choose: Choices) -> Sample:
+    """Any RoIAlign."""
+    (N, H, W), rois, params = drawn_rois(choose)
+    ratio, aligned = choose.of("sampling_ratio", (1, 2, 3, 0, -1)), choose.of("aligned", (False, True))
+    arrays = {"input": values(choose.rng, (N, drawn_channels(choose), H, W)), "rois": rois}
+    return Sample(arrays, {**params, "sampling_ratio": ratio, "aligned": aligned})
+
+
+def ps_roi_align_drawn(choose: Choices) -> Sample:
+    """Any position-sensitive RoIAlign."""
+    (N, H, W), rois, params = drawn_rois(choose)
+    C = drawn_channels(choose, *params["output_size"])
+    arrays = {"input": values(choose.rng, (N, C, H, W)), "rois": rois}
+    return Sample(arrays, {**params, "sampling_ratio": choose.of("sampling_ratio", (1, 2, 3, 0, -1))})
 
 
 def roi_layer(layer: dict[str, Any], *, offsets: str = "random", spread: float = 1.0, seed: int = 0) -> Sample:
