@@ -257,17 +257,23 @@ def _formatted(suffix: str, text: str, columns: list[str], shown: list[list[str]
     "--arch", "archs", multiple=True, metavar="sm_NN", help="GPU architecture; repeatable. Default: all known."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print only JSON.")
+@click.option("--detail", is_flag=True, help="Read the machine code too (nvdisasm).")
 @console.WIDE
-def kernels(archs: tuple[str, ...], as_json: bool, wide: bool) -> None:
+def kernels(archs: tuple[str, ...], as_json: bool, detail: bool, wide: bool) -> None:
     """Compile every CUDA kernel with NVRTC and list its registers, spills and memory. Needs no GPU.
 
-    Exit codes: 0 all compile without a spill, 1 otherwise, 3 NVRTC is not installed.
+    With --detail also the blocks that a multiprocessor holds and, of the main loop, the instructions counted in the
+    machine code, the cycles that each unit takes for them by estimate, and the unit that bounds it.
+
+    Exit codes: 0 all compile without a spill, 1 otherwise, 3 NVRTC or, with --detail, nvdisasm is not installed.
 
     \b
     Examples:
       dcn-check kernels
       dcn-check kernels --arch sm_80 --arch sm_90
+      dcn-check kernels --arch sm_90 --detail
     """
+    from dcn_kernels.check import machine_code
     from dcn_kernels.cuda import compile as cuda_compile
 
     for arch in archs:
@@ -279,20 +285,23 @@ def kernels(archs: tuple[str, ...], as_json: bool, wide: bool) -> None:
             report(what, done, total)
 
         try:
-            rows = cuda_compile.check_kernels(archs or cuda_compile.ARCHS, show)
-        except cuda_compile.CompilerNotFound as error:
+            check = machine_code.check_machine_code if detail else cuda_compile.check_kernels
+            rows = check(archs or cuda_compile.ARCHS, show)
+        except (cuda_compile.CompilerNotFound, machine_code.DisassemblerNotFound) as error:
             console.fail(str(error), console.UNAVAILABLE)
         except cuda_compile.CompileError as error:
             console.fail(str(error), console.FAILED)
-    columns = ("kernel", "dtype", "flags", "arch", "registers", "spill_bytes", "shared_bytes", "stack_bytes")
+    columns: tuple[str, ...] = ("kernel", "dtype", "flags", "arch")
+    numbers: tuple[str, ...] = ("registers", "spill_bytes", "shared_bytes", "stack_bytes")
+    numbers += ("threads", "blocks") if detail else ()
+    columns += (*numbers, *(("bound", "cycles", "loop") if detail else ()))
     if as_json:
         console.say_json(rows)
     else:
-        cells = [
-            [" ".join(row[column]) if column == "flags" else str(row[column]) for column in columns] for row in rows
-        ]
-        first = [c for c in columns if c != "flags"]
-        console.table("", columns, cells, columns[4:], first=first, folded=["flags"], wide=wide)
+        cells = [[_shown(row[column]) for column in columns] for row in rows]
+        folded = [c for c in columns if c in ("flags", "cycles", "loop")]
+        first = [c for c in columns if c not in folded]
+        console.table("", columns, cells, numbers, first=first, folded=folded, wide=wide)
     spills = [row for row in rows if row["spill_bytes"]]
     for row in spills:
         console.note(f"{row['kernel']} {row['dtype']} {row['arch']}: spills {row['spill_bytes']} bytes of registers")
@@ -300,6 +309,13 @@ def kernels(archs: tuple[str, ...], as_json: bool, wide: bool) -> None:
         console.fail("no kernel was compiled", console.FAILED)
     if spills:
         raise SystemExit(console.FAILED)
+
+
+def _shown(value: object) -> str:
+    """A cell of the table of kernels."""
+    if isinstance(value, dict):
+        return ", ".join(f"{count} {name}" for name, count in value.items())
+    return " ".join(value) if isinstance(value, list) else str(value)
 
 
 @main.command()

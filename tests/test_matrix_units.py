@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
+from cuda_host import accesses
 from cuda_host.host import SCHEDULES, Library, call, missing
 
 from dcn_kernels.cuda import compile
@@ -130,3 +133,92 @@ def test_instructions_compile(arch: str, ctype: str, monkeypatch: pytest.MonkeyP
         "cp.async.cg.shared.global",
     ):
         assert instruction in ptx, instruction
+
+
+def test_copies_that_a_launch_never_waits_for_are_refused(library: Library) -> None:
+    """In its last block too, behind which no other block comes upon them."""
+    code = "import sys; from pathlib import Path; import test_matrix_units as t; t.product_without_waiting(sys.argv[1])"
+    result = subprocess.run(
+        [sys.executable, "-c", NO_CORE + code, str(library.cache)],
+        capture_output=True, text=True, cwd=Path(__file__).parent,
+    )  # fmt: skip
+    assert "copies it never waited for" in result.stderr, result.stdout + result.stderr
+
+
+NO_CORE = "import resource; resource.setrlimit(resource.RLIMIT_CORE, (0, 0))\n"  # an abort is what the test waits for
+
+
+def product_without_waiting(cache: str) -> None:
+    """The kernel without its last wait, in the child process of the test above."""
+    text = source().replace("  cp_async_wait<0>();\n}\n", "}\n")
+    assert text != source()
+    library = Library(Path(cache))
+    arrays = (np.zeros((16, 16), np.float16), np.zeros((8, 16), np.float16), np.zeros((16, 8), np.float32))
+    entry = library.entry(text, flags("__half", planted=2), "product")
+    call(entry, 1, 32, (*arrays, np.zeros((16, 8), np.float32), np.zeros(32, np.uint8), np.int32(16)))
+
+
+TRACED = r"""
+// Each lane reads a word of `from` by a step, and stores it in shared memory `stride` words apart, or not at all.
+KERNEL(strided, 32)(const float* from, float* to, int step, int stride, int lanes) {
+  DYNAMIC_SHARED(memory, 32 * 33 * 4);
+  float* const words = reinterpret_cast<float*>(memory);
+  const int lane = threadIdx.x;
+  if (lane < lanes) shared_store(words + lane * stride, global_load<float>(from + lane * step));
+  __syncthreads();
+  if (lane < lanes) global_store(to + lane, shared_load<float>(words + lane * stride));
+  vec<float, 4> four = shared_load<vec<float, 4>>(words + lane * 4);  // 8 lanes at once: no conflict
+  if (lane == 99) to[0] = four.v[0];
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("step", "stride", "lanes", "passes", "sectors"),
+    [(1, 1, 32, 1, 4), (2, 2, 32, 2, 8), (8, 32, 32, 32, 32), (1, 33, 32, 1, 4), (1, 8, 8, 2, 1), (0, 0, 32, 1, 1)],
+)
+def test_bank_conflicts_and_sectors_are_counted(
+    library: Library, step: int, stride: int, lanes: int, passes: int, sectors: int
+) -> None:
+    traced = Library(library.cache, trace=True)
+    headers = [compile._paste(compile.FOLDER / name) for name in ("common.cuh", "matrix_units.cuh")]
+    entry = traced.entry("\n".join([*headers, TRACED]), {}, "strided")
+    to, numbers = np.zeros(32, np.float32), aligned(np.arange(32.0 * max(step, 1), dtype=np.float32))
+    call(entry, 2, 32, (numbers, aligned(to), *(np.int32(n) for n in (step, stride, lanes))))
+    found = {kind: row for (kind, _), row in accesses.read(traced).items() if kind != "shared load"}
+    assert found["shared store"] == accesses.Row(1, passes, 1), "of block 0 alone"
+    assert found["global load"].passes == sectors
+    assert not accesses.read(traced), "the log is read once"
+
+
+def test_swizzled_rows_are_read_without_conflicts_and_plain_ones_are_not(library: Library) -> None:
+    """Eight rows of 128 bytes by ldmatrix: one bank for all of a column of pieces, unless pieces are exchanged."""
+    kernel = r"""
+KERNEL(rows, 32)(float* to, int swizzled) {
+  DYNAMIC_SHARED(memory, 32 * 128);
+  const int row = threadIdx.x;
+  for (int piece = 0; piece < 8; piece++) shared_store(memory + row * 128 + piece * 16, vec<float, 4>{});
+  __syncthreads();
+  unsigned r[4];
+  ldmatrix<false>(r, memory + row * 128 + (swizzled ? row % 8 * 16 : 0));
+  to[row] = r[0];
+}
+"""
+    traced = Library(library.cache, trace=True)
+    headers = [compile._paste(compile.FOLDER / name) for name in ("common.cuh", "matrix_units.cuh")]
+    entry = traced.entry("\n".join([*headers, kernel]), {}, "rows")
+    passes = {}
+    for swizzled in (False, True):
+        call(entry, 1, 32, (np.zeros(32, np.float32), np.int32(swizzled)))
+        table = accesses.read(traced)
+        passes[swizzled] = next(row.passes for (kind, _), row in table.items() if kind == "ldmatrix")
+    assert passes == {False: 32, True: 4}
+
+
+def aligned(array: np.ndarray) -> np.ndarray:
+    """The same numbers on a boundary of 128 bytes, as memory of a GPU is."""
+    memory = np.empty(array.nbytes + 128, np.uint8)
+    start = -memory.ctypes.data % 128
+    out = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    out[...] = array
+    return out

@@ -32,7 +32,7 @@ def cells(
     device.launch(BUILD, "cells", flags, blocks, THREADS, (offset, mask, keys, placed, s), op=op)
 
 
-def variants(vector_atomics: bool) -> Iterator[Flags]:
+def variants(capability: tuple[int, int]) -> Iterator[Flags]:
     """One build for each mix of types."""
     for _, flags in all_types():
         yield flags

@@ -8,7 +8,7 @@ How a kernel file is added:
 1. `name.cu`: starts with ``#include "common.cuh"``; a kernel is ``KERNEL(kernel, THREADS)(arguments) {...}``, its
    shared memory ``SHARED(type, name, [size])``. Sizes come in one struct by value; types and small numbers are macros.
 2. `name.py` beside it: its launcher (``device.launch(BUILD, "kernel", flags, blocks, threads, args, op=...)`` with
-   ``BUILD = "name"``) and ``variants(vector_atomics)``, which yields the flags of every build.
+   ``BUILD = "name"``) and ``variants(capability)``, which yields the flags of every build that is checked.
 3. Its stem goes into `FILES` below. The compile check, the package and the host tests then know it.
 """
 
@@ -32,7 +32,11 @@ FILES = (
     "sort",
     "cells",
     "gather",
-    "deform_conv",
+    "deform_conv_forward",
+    "deform_conv_backward",
+    "depthwise",
+    "depthwise_backward",
+    "sums",
     "offset_sample",
     "roi_gather",
     "roi_mean",
@@ -84,9 +88,9 @@ def definitions(flags: Flags) -> tuple[str, ...]:
     )
 
 
-def variants(stem: str, vector_atomics: bool) -> list[Flags]:
-    """The flags of every build of a kernel file, for GPUs with or without atomics of 16 bytes."""
-    return list(import_module(f"dcn_kernels.cuda.{stem}").variants(vector_atomics))
+def variants(stem: str, capability: tuple[int, int]) -> list[Flags]:
+    """The flags of every build of a kernel file that is checked, for GPUs of a compute capability."""
+    return list(import_module(f"dcn_kernels.cuda.{stem}").variants(capability))
 
 
 def kernel(stem: str, flags: Flags, name: str) -> Any:
@@ -139,26 +143,32 @@ def check_kernels(
     >>> from dcn_kernels.cuda.compile import check_kernels
     >>> kernels = check_kernels(("sm_90",))  # doctest: +SKIP
     """
-    nvrtc = NVRTC()
-    builds = [
-        (stem, flags, arch) for arch in archs for stem in FILES for flags in variants(stem, capability(arch) >= (9, 0))
-    ]
-    records: list[dict[str, Any]] = []
+    nvrtc, everything = NVRTC(), builds(archs)
+    rows: list[dict[str, Any]] = []
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:  # NVRTC compiles in several threads at once
-        results = pool.map(lambda build: _check(nvrtc, *build), builds)
+        results = pool.map(lambda build: _check(nvrtc, *build), everything)
         try:
-            for done, (build, found) in enumerate(zip(builds, results, strict=True), 1):
-                records += found
+            for done, (build, found) in enumerate(zip(everything, results, strict=True), 1):
+                rows += found
                 if progress is not None:
-                    progress(done, len(builds), f"{build[0]} for {build[2]}")
+                    progress(done, len(everything), f"{build[0]} for {build[2]}")
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    return records
+    return rows
+
+
+def builds(archs: tuple[str, ...]) -> list[tuple[str, Flags, str]]:
+    """(file, flags, architecture) of everything that is compiled."""
+    return [(stem, flags, arch) for arch in archs for stem in FILES for flags in variants(stem, capability(arch))]
 
 
 def _check(nvrtc: NVRTC, stem: str, flags: Flags, arch: str) -> list[dict[str, Any]]:
-    log = nvrtc.compile(stem, flags, arch).log
+    return records(stem, flags, arch, nvrtc.compile(stem, flags, arch).log)
+
+
+def records(stem: str, flags: Flags, arch: str, log: str) -> list[dict[str, Any]]:
+    """What the compiler's log says of each kernel of a build."""
     dtype = flags.get("scalar_t") or flags.get("source_t") or flags.get("grad_t")
     rest = ["{}={}".format(*item) for item in sorted(flags.items())]
     return [
@@ -189,10 +199,10 @@ def _resources(log: str) -> dict[str, dict[str, int]]:
 
 
 class Compiled:
-    """What NVRTC made of one file: `log` and, where asked for, `ptx`."""
+    """What NVRTC made of one file: its `log`, the `ptx`, and the machine code."""
 
-    def __init__(self, log: str, ptx: str) -> None:
-        self.log, self.ptx = log, ptx
+    def __init__(self, log: str, ptx: str, cubin: bytes) -> None:
+        self.log, self.ptx, self.cubin = log, ptx, cubin
 
 
 class NVRTC:
@@ -211,7 +221,7 @@ class NVRTC:
         self._ok(lib.nvrtcCreateProgram(ctypes.byref(program), text.encode(), f"{stem}.cu".encode(), 0, None, None))
         try:
             failed = lib.nvrtcCompileProgram(program, len(options), encoded)
-            log = self._text(program, "nvrtcGetProgramLogSize", "nvrtcGetProgramLog")
+            log = self._bytes(program, "nvrtcGetProgramLogSize", "nvrtcGetProgramLog").rstrip(b"\0").decode()
             if failed:
                 raise CompileError(f"{stem}.cu {' '.join(definitions(flags))} for {arch}:\n{log}")
             missing = set(kernel_names(text)) - set(_resources(log))
@@ -219,16 +229,17 @@ class NVRTC:
                 raise CompileError(
                     f"{stem}.cu for {arch}: no resources reported of {', '.join(sorted(missing))}:\n{log}"
                 )
-            return Compiled(log, self._text(program, "nvrtcGetPTXSize", "nvrtcGetPTX"))
+            ptx = self._bytes(program, "nvrtcGetPTXSize", "nvrtcGetPTX").rstrip(b"\0").decode()
+            return Compiled(log, ptx, self._bytes(program, "nvrtcGetCUBINSize", "nvrtcGetCUBIN"))
         finally:
             lib.nvrtcDestroyProgram(ctypes.byref(program))
 
-    def _text(self, program: ctypes.c_void_p, size_of: str, get: str) -> str:
+    def _bytes(self, program: ctypes.c_void_p, size_of: str, get: str) -> bytes:
         size = ctypes.c_size_t()
         self._ok(getattr(self.library, size_of)(program, ctypes.byref(size)))
         buffer = ctypes.create_string_buffer(max(1, size.value))
         self._ok(getattr(self.library, get)(program, buffer))
-        return buffer.value.decode()
+        return buffer.raw
 
     @staticmethod
     def _ok(status: int) -> None:

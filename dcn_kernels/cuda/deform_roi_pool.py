@@ -139,6 +139,6 @@ def _gradients(pooling: Pooling, grad_output: Any, grads: dict[str, Any], determ
             pooling.launch(BUILD, "offset_gradients", s, source.VEC, -(-parts // WARPS), args)
 
 
-def variants(vector_atomics: bool) -> Iterator[Flags]:
+def variants(capability: tuple[int, int]) -> Iterator[Flags]:
     """The flags of every build."""
-    return roi_mean.variants(vector_atomics)
+    return roi_mean.variants(capability)

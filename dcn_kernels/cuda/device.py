@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -11,15 +12,17 @@ from dcn_kernels.cuda import compile
 
 DEFAULT_WORKSPACE = 64 << 20
 BLOCKS_PER_MULTIPROCESSOR = 16  # enough to fill it; more work than that goes round the grid-stride loops
+STATIC_SHARED_BYTES = 48 << 10  # of a block; a kernel that takes more asks for it
+# of a block, by the compute capability (CUDA's programming guide, table of technical specifications, less the 1 KB that
+# the system takes of each); an unknown GPU has at least the least of its kind
+_SHARED_BYTES = {
+    (7, 5): 64 << 10,
+    **dict.fromkeys([(8, 0), (8, 7)], 163 << 10),
+    **dict.fromkeys([(8, 6), (8, 9), (12, 0), (12, 1)], 99 << 10),
+    **dict.fromkeys([(9, 0), (10, 0), (10, 3), (11, 0)], 227 << 10),
+}
 # where three products on the matrix units in TF32 are quicker than one in plain float32 (by the data sheets)
 SPLIT_CAPABILITIES = ((8, 0), (9, 0), (10, 0), (10, 3))
-
-_CUDA_R = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 14}  # cudaDataType
-_COMPUTE_32F, _COMPUTE_32F_FAST_TF32, _COMPUTE_64F = 68, 77, 70  # cublasComputeType_t
-# cublasMath_t. CUBLAS_DEFAULT_MATH: float32 is no TF32; CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION: where a long
-# product of halves is cut in parts, those too are added in float32.
-_MATH_MODE = 0 | 16
-_GEMM_DEFAULT = -1
 
 
 class Device:
@@ -31,12 +34,13 @@ class Device:
         attributes = cupy.cuda.runtime.getDeviceProperties(number)
         self.capability = (attributes["major"], attributes["minor"])
         self.cache_bytes = attributes["l2CacheSize"]
-        self.max_blocks = attributes["multiProcessorCount"] * BLOCKS_PER_MULTIPROCESSOR
+        self.multiprocessors = attributes["multiProcessorCount"]
+        self.max_blocks = self.multiprocessors * BLOCKS_PER_MULTIPROCESSOR
 
     @property
     def vector_atomics(self) -> bool:
         """Whether atomicAdd takes a float4."""
-        return self.capability >= (9, 0)
+        return has_vector_atomics(self.capability)
 
     @staticmethod
     def address(array: Any) -> int:
@@ -61,100 +65,57 @@ class Device:
         self, stem: str, kernel: str, flags: compile.Flags, blocks: int, threads: int, args: tuple[Any, ...], *, op: str
     ) -> None:
         """Start a kernel of `stem`.cu. Arguments are arrays, None (a null pointer), and NumPy scalars or structs."""
+        self.function(stem, kernel, flags, threads, op=op)(blocks, args)
+
+    def function(
+        self, stem: str, kernel: str, flags: compile.Flags, threads: int, *, shared_bytes: int = 0, op: str
+    ) -> Callable[[int, tuple[Any, ...]], None]:
+        """A kernel to be started as often as one likes, by ``function(blocks, args)``.
+
+        `shared_bytes` is the dynamic shared memory of a block.
+        """
         import cupy
 
-        blocks = min(blocks, self.max_blocks)
         errors = (
             cupy.cuda.driver.CUDADriverError,
             cupy.cuda.runtime.CUDARuntimeError,
             cupy.cuda.compiler.CompileException,
         )
+
+        def failed(error: Exception, blocks: int) -> RuntimeError:
+            return RuntimeError(f"{op}: kernel {kernel} of {stem}.cu ({blocks} blocks of {threads}): {error}")
+
         try:
-            compile.kernel(stem, flags, kernel)((blocks,), (threads,), tuple(map(_argument, args)))
+            compiled = compile.kernel(stem, flags, kernel)
+            if shared_bytes > STATIC_SHARED_BYTES:
+                compiled.max_dynamic_shared_size_bytes = shared_bytes
         except errors as error:
-            raise RuntimeError(f"{op}: kernel {kernel} of {stem}.cu ({blocks} blocks of {threads}): {error}") from error
+            raise failed(error, 0) from error
+        block, more = (threads,), {"shared_mem": shared_bytes} if shared_bytes else {}
 
-    @staticmethod
-    def matmul(a: Any, b: Any, out: Any, *, tf32: bool = False, accumulate: bool = False, op: str) -> None:
-        """out[i] = a[i] @ b[i], added to out[i] with `accumulate`: cuBLAS on (batch, rows, columns) by strides.
+        def start(blocks: int, args: tuple[Any, ...]) -> None:
+            blocks = min(blocks, self.max_blocks)
+            try:
+                compiled((blocks,), block, tuple(map(_argument, args)), **more)
+            except errors as error:
+                raise failed(error, blocks) from error
 
-        a and b share a dtype; sums are float32 (float64 for float64). float32 matrices are multiplied in plain float32
-        unless `tf32`, whatever CuPy's handle is set to. The memory that cuBLAS works in is its own, held from its first
-        call on, and no part of `workspace_bytes`.
-        """
-        import cupy
-        from cupy_backends.cuda.libs import cublas
+        return start
 
-        (batch, rows, columns), inner = out.shape, a.shape[2]
-        kind = a.dtype.name
-        if kind == "float64":
-            compute = _COMPUTE_64F
-        elif kind == "float32":
-            compute = _COMPUTE_32F_FAST_TF32 if tf32 else _COMPUTE_32F
-        else:
-            compute = _COMPUTE_32F
-        scale = np.float64 if kind == "float64" else np.float32
-        alpha, beta = np.array(1, scale), np.array(int(accumulate), scale)
-        (a_transposed, a_leading), (b_transposed, b_leading) = leading(a), leading(b)
-        if leading(out)[0]:
-            raise ValueError(f"matmul: out: expected rows of adjacent elements, got strides {out.strides}")
-        handle = cupy.cuda.device.get_cublas_handle()
-        mode = cublas.getMathMode(handle)
-        cublas.setMathMode(handle, _MATH_MODE)
-        try:
-            # cuBLAS counts by columns: a row-major matrix is its own transpose there, so out^T = b^T a^T is asked for
-            cublas.gemmStridedBatchedEx(
-                handle,
-                int(b_transposed),
-                int(a_transposed),
-                columns,
-                rows,
-                inner,
-                alpha.ctypes.data,
-                b.data.ptr,
-                _CUDA_R[b.dtype.name],
-                b_leading,
-                batch_stride(b),
-                a.data.ptr,
-                _CUDA_R[kind],
-                a_leading,
-                batch_stride(a),
-                beta.ctypes.data,
-                out.data.ptr,
-                _CUDA_R[out.dtype.name],
-                leading(out)[1],
-                batch_stride(out),
-                batch,
-                compute,
-                _GEMM_DEFAULT,
-            )
-        except (cublas.CUBLASError, NotImplementedError) as error:  # the latter: while a stream is captured
-            raise RuntimeError(
-                f"{op}: {batch} products of {rows} x {inner} by {inner} x {columns} {kind} matrices in cuBLAS: {error}"
-            ) from error
-        finally:
-            cublas.setMathMode(handle, mode)
+
+def has_vector_atomics(capability: tuple[int, int]) -> bool:
+    """Whether atomicAdd takes a float4."""
+    return capability >= (9, 0)
+
+
+def shared_bytes_of_a_block(capability: tuple[int, int]) -> int:
+    """The most shared memory that a block may take."""
+    return _SHARED_BYTES.get(capability, 64 << 10 if capability < (8, 0) else 99 << 10)
 
 
 def _argument(value: Any) -> Any:
     """CuPy does not pass None as a null pointer (its issue 9046: the kernel sees 0xffffffff)."""
     return np.uintp(0) if value is None else value
-
-
-def leading(matrix: Any) -> tuple[bool, int]:
-    """(stored by columns, elements from one row, or column, to the next) of a (batch, rows, columns) array."""
-    _, rows, columns = matrix.shape
-    _, down, across = (stride // matrix.dtype.itemsize for stride in matrix.strides)
-    if (across == 1 or columns == 1) and (down >= columns or rows == 1):
-        return False, max(down, columns)
-    if (down == 1 or rows == 1) and (across >= rows or columns == 1):
-        return True, max(across, rows)
-    raise ValueError(f"matmul: expected a matrix with one axis of adjacent elements, got strides {matrix.strides}")
-
-
-def batch_stride(matrix: Any) -> int:
-    """Elements from one matrix to the next; 0 where one serves the whole batch."""
-    return matrix.strides[0] // matrix.dtype.itemsize if matrix.shape[0] > 1 else 0
 
 
 def current() -> Device:

@@ -57,7 +57,7 @@ def _flags(real: str, grad: str, VEC: int, planes: bool) -> Flags:
     return {"acc_t": CTYPES[real], "grad_t": CTYPES[grad], "VEC": VEC, "PLANES": planes}
 
 
-def variants(vector_atomics: bool) -> Iterator[Flags]:
+def variants(capability: tuple[int, int]) -> Iterator[Flags]:
     """Columns are of the type of sums; planes of any."""
     for real, widths in (("float32", (1, 2, 4, 8)), ("float64", (1, 2))):
         for width in widths:

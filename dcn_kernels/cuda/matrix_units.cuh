@@ -1,15 +1,46 @@
-// The matrix units and the copies that feed them: one warp's instructions, each with two bodies: PTX for NVRTC (sm_80
-// and later) and tests/cuda_host/matrix_host.hpp for the stand-in. Fragments
-// are laid out as the PTX ISA says.
+// The matrix units and the copies that feed them: one warp's instructions, each with two bodies: PTX for NVRTC and
+// tests/cuda_host/matrix_host.hpp for the stand-in. Fragments are laid out as the PTX ISA says. mma needs sm_80; the
+// copies are plain ones before it.
 #ifdef CUDA_HOST
-#define SITE , int site = __builtin_LINE()  // which line of a kernel: for errors
+#define SITE , int site = __builtin_LINE()  // which line of a kernel: for errors and the log of accesses
 #define SITE_ONLY int site = __builtin_LINE()
 #define DYNAMIC_SHARED(name, bytes) SHARED(unsigned char, name, [bytes])
+#define TRACED(kind, pointer, bytes) host::trace(host::kind, pointer, bytes, site)
 #else
 #define SITE
 #define SITE_ONLY
 #define DYNAMIC_SHARED(name, bytes) extern __shared__ __align__(128) unsigned char name[]
+#define TRACED(kind, pointer, bytes)
 #endif
+
+// A V in shared or global memory as one access, which the stand-in can count.
+template <typename V, typename T>
+__device__ __forceinline__ V shared_load(const T* from SITE) {
+  CHECK_ALIGNED(from, alignof(V));
+  TRACED(SHARED_LOAD, from, sizeof(V));
+  return *reinterpret_cast<const V*>(from);
+}
+
+template <typename V, typename T>
+__device__ __forceinline__ void shared_store(T* to, const V& value SITE) {
+  CHECK_ALIGNED(to, alignof(V));
+  TRACED(SHARED_STORE, to, sizeof(V));
+  *reinterpret_cast<V*>(to) = value;
+}
+
+template <typename V, typename T>
+__device__ __forceinline__ V global_load(const T* from SITE) {
+  CHECK_ALIGNED(from, alignof(V));
+  TRACED(GLOBAL_LOAD, from, sizeof(V));
+  return *reinterpret_cast<const V*>(from);
+}
+
+template <typename V, typename T>
+__device__ __forceinline__ void global_store(T* to, const V& value SITE) {
+  CHECK_ALIGNED(to, alignof(V));
+  TRACED(GLOBAL_STORE, to, sizeof(V));
+  *reinterpret_cast<V*>(to) = value;
+}
 
 #ifndef CUDA_HOST
 __device__ __forceinline__ unsigned shared_address(const void* pointer) {
@@ -75,6 +106,8 @@ __device__ __forceinline__ void ldmatrix(unsigned (&r)[4], const void* row SITE)
 __device__ __forceinline__ void cp_async(void* to, const void* from, bool valid SITE) {
 #ifdef CUDA_HOST
   host::cp_async(to, from, valid, site);
+#elif __CUDA_ARCH__ < 800
+  *static_cast<uint4*>(to) = valid ? *static_cast<const uint4*>(from) : uint4{};
 #else
   const int bytes = valid ? 16 : 0;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
@@ -85,7 +118,7 @@ __device__ __forceinline__ void cp_async(void* to, const void* from, bool valid 
 __device__ __forceinline__ void cp_async_commit(SITE_ONLY) {  // closes a group of copies
 #ifdef CUDA_HOST
   host::cp_async_commit(site);
-#else
+#elif __CUDA_ARCH__ >= 800
   asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
 }
@@ -94,7 +127,7 @@ template <int LEFT>
 __device__ __forceinline__ void cp_async_wait(SITE_ONLY) {  // until at most LEFT of this thread's groups are under way
 #ifdef CUDA_HOST
   host::cp_async_wait(LEFT, site);
-#else
+#elif __CUDA_ARCH__ >= 800
   asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
 #endif
 }

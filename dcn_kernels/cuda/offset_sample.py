@@ -140,7 +140,7 @@ def _flags(input: Any, offset: Any) -> Flags:
     return types(input.dtype, offset.dtype, None)
 
 
-def variants(vector_atomics: bool) -> Iterator[Flags]:
+def variants(capability: tuple[int, int]) -> Iterator[Flags]:
     """The flags of every build."""
     for _, flags in all_types(with_mask=False):
         yield flags

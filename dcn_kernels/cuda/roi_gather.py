@@ -27,7 +27,7 @@ def collect(device: Device, dtype: np.dtype, s: np.ndarray, args: tuple[Any, ...
     device.launch(BUILD, "collect", flags, images * maps * classes * tiles, THREADS, (*args, s), op=op)
 
 
-def variants(vector_atomics: bool) -> Iterator[Flags]:
+def variants(capability: tuple[int, int]) -> Iterator[Flags]:
     """One build for each dtype."""
     for dtype in CTYPES.values():
         yield {"scalar_t": dtype}

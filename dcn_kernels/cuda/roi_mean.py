@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from dcn_kernels.cuda.compile import CTYPES, Flags
-from dcn_kernels.cuda.device import DEFAULT_WORKSPACE
+from dcn_kernels.cuda.device import DEFAULT_WORKSPACE, has_vector_atomics
 from dcn_kernels.cuda.roi_gather import collect
 from dcn_kernels.cuda.roi_plan import VECTORS, Pooling, Source, Target, set_strides
 
@@ -37,8 +37,8 @@ def input_gradient(pooling: Pooling, target: Target, grad_output: Any, *, determ
         target.end(some)
 
 
-def variants(vector_atomics: bool) -> Iterator[Flags]:
+def variants(capability: tuple[int, int]) -> Iterator[Flags]:
     """The flags of every build: one channel at a time, or several."""
     for dtype, width in VECTORS.items():
         for VEC in sorted({1, width}):
-            yield {"scalar_t": CTYPES[dtype], "VEC": VEC, "VECTOR_ATOMICS": vector_atomics}
+            yield {"scalar_t": CTYPES[dtype], "VEC": VEC, "VECTOR_ATOMICS": has_vector_atomics(capability)}

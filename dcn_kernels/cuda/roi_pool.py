@@ -239,6 +239,6 @@ def _mean_gradient(pooling: Pooling, grad_output: Any, deterministic: bool, budg
     return {"input": grad_input}
 
 
-def variants(vector_atomics: bool) -> Iterator[Flags]:
+def variants(capability: tuple[int, int]) -> Iterator[Flags]:
     """The flags of every build."""
-    return roi_mean.variants(vector_atomics)
+    return roi_mean.variants(capability)

@@ -48,6 +48,6 @@ class Sorter:
         self.device.launch(BUILD, kernel, {}, blocks, THREADS, args, op=op)
 
 
-def variants(vector_atomics: bool) -> Iterator[Flags]:
+def variants(capability: tuple[int, int]) -> Iterator[Flags]:
     """One build: keys and values are integers."""
     yield {}

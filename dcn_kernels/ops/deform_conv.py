@@ -94,9 +94,6 @@ def deform_conv2d(
     not count by its border rule reads no pixel, so no NaN or infinite one reaches it; of one that counts all corners
     on the map do, those of weight 0 too.
 
-    On a GPU the matrix products are cuBLAS's through CuPy, which refuses them while a stream is captured in a CUDA
-    graph: a RuntimeError.
-
     Examples
     --------
     >>> import numpy as np

@@ -146,23 +146,28 @@ void launch(const char* name, void (*kernel)(P...), unsigned blocks, unsigned th
 }
 }  // namespace host
 
-inline float atomicAdd(float* to, float value) { return host::add_atomically(to, value); }
-inline double atomicAdd(double* to, double value) { return host::add_atomically(to, value); }
-inline int atomicAdd(int* to, int value) { return __atomic_fetch_add(to, value, __ATOMIC_RELAXED); }
-inline void atomicAdd(float4* to, float4 value) {  // each of the four is atomic, together they are not
-  float* at = reinterpret_cast<float*>(to);
-  atomicAdd(at, value.x);
-  atomicAdd(at + 1, value.y);
-  atomicAdd(at + 2, value.z);
-  atomicAdd(at + 3, value.w);
-}
-
 #include "matrix_host.hpp"
+
+template <typename T>
+inline T atomicAdd(T* to, T value, int site = __builtin_LINE()) {
+  host::trace(host::ATOMIC, to, sizeof(T), site);
+  return host::add_atomically(to, value);
+}
+inline int atomicAdd(int* to, int value) { return __atomic_fetch_add(to, value, __ATOMIC_RELAXED); }
+inline void atomicAdd(float4* to, float4 value, int site = __builtin_LINE()) {
+  host::trace(host::ATOMIC, to, sizeof(float4), site);  // one access; each of the four is atomic, together they are not
+  float* at = reinterpret_cast<float*>(to);
+  host::add_atomically(at, value.x);
+  host::add_atomically(at + 1, value.y);
+  host::add_atomically(at + 2, value.z);
+  host::add_atomically(at + 3, value.w);
+}
 
 template <typename... P>
 void host_launch(const char* name, void (*kernel)(P...), unsigned blocks, unsigned threads, void** arguments,
                  const size_t* sizes, size_t count) {
   host::launch(name, kernel, blocks, threads, arguments, sizes, count, std::index_sequence_for<P...>{});
+  host::check_that_all_copies_are_done();
 }
 
 // The entry that Python calls; the build appends one for each kernel of a file.

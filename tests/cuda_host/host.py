@@ -13,6 +13,7 @@ import importlib.util
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from dcn_kernels.cuda import compile
-from dcn_kernels.cuda.device import batch_stride, leading
+from dcn_kernels.cuda.device import shared_bytes_of_a_block
 
 FOLDER = Path(__file__).parent
 SANITIZERS = {
@@ -53,10 +54,10 @@ def missing() -> str:
 
 
 class Library:
-    """Kernels compiled by g++, by their file and flags."""
+    """Kernels compiled by g++, by their file and flags; with `trace`, kernels that log their accesses (accesses.py)."""
 
-    def __init__(self, cache: Path, sanitizer: str = "") -> None:
-        self.cache, self.sanitizer = cache, sanitizer
+    def __init__(self, cache: Path, sanitizer: str = "", *, trace: bool = False) -> None:
+        self.cache, self.sanitizer, self.trace = cache, sanitizer, trace
         self.loaded: dict[str, ctypes.CDLL] = {}
 
     def kernel(self, stem: str, flags: compile.Flags, name: str) -> Any:
@@ -112,7 +113,8 @@ class Library:
         return ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
 
     def _compile(self, *arguments: str, sanitizer: list[str] | None = None) -> None:
-        own = SANITIZERS[self.sanitizer] if sanitizer is None else sanitizer
+        own = list(SANITIZERS[self.sanitizer] if sanitizer is None else sanitizer)
+        own += ["-DHOST_TRACE"] if self.trace else []
         # -ffp-contract=off: no fused multiply-add, whatever the CPU
         command = ["g++", "-std=c++17", "-O1", "-g1", "-fPIC", "-ffp-contract=off", "-Wno-attributes", *own,
                    "-isystem", str(include_folder()), "-I", str(FOLDER), *arguments]  # fmt: skip
@@ -123,7 +125,7 @@ class Library:
     def _hash(self, *texts: str) -> str:
         names = ("cuda_host.hpp", "matrix_host.hpp", "runtime.hpp", "runtime.cpp", "host.py")
         own = [(FOLDER / name).read_text() for name in names]
-        return hashlib.sha256("\0".join([self.sanitizer, *own, *texts]).encode()).hexdigest()[:24]
+        return hashlib.sha256("\0".join([self.sanitizer, str(self.trace), *own, *texts]).encode()).hexdigest()[:24]
 
 
 class HostDevice:
@@ -138,11 +140,13 @@ class HostDevice:
         seed: int = 0,
         max_blocks: int = 3,  # smaller than the work: every grid-stride loop goes round
         cache_bytes: int = 1 << 20,
+        multiprocessors: int = 4,
     ) -> None:
         self.library, self.capability, self.max_blocks, self.cache_bytes = library, capability, max_blocks, cache_bytes
-        self.schedule, self.seed = schedule, seed
+        self.schedule, self.seed, self.multiprocessors = schedule, seed, multiprocessors
         self.allocated: list[int] = []
         self.launched: list[tuple[str, str]] = []
+        self.flags: list[compile.Flags] = []  # of the kernels asked for
 
     @property
     def vector_atomics(self) -> bool:
@@ -174,29 +178,21 @@ class HostDevice:
         *,
         op: str,
     ) -> None:
-        entry = self.library.kernel(stem, flags, kernel)
-        self.library.runtime.host_set_schedule(SCHEDULES[self.schedule], ctypes.c_uint64(self.seed))
-        call(entry, min(blocks, self.max_blocks), threads, args)
-        self.launched.append((stem, kernel))
+        self.function(stem, kernel, flags, threads, op=op)(blocks, args)
 
-    @staticmethod
-    def matmul(
-        a: np.ndarray, b: np.ndarray, out: np.ndarray, *, tf32: bool = False, accumulate: bool = False, op: str
-    ) -> None:
-        for matrix in (a, b, out):  # what cuBLAS would refuse is refused here
-            leading(matrix)
-            batch_stride(matrix)
-        assert not leading(out)[0]
-        assert a.dtype == b.dtype
-        left, right = (_tf32(x) if tf32 else x.astype(np.float64) for x in (a, b))
-        with np.errstate(all="ignore"):
-            product = left @ right
-            out[...] = product + out.astype(np.float64) if accumulate else product
+    def function(
+        self, stem: str, kernel: str, flags: compile.Flags, threads: int, *, shared_bytes: int = 0, op: str
+    ) -> Callable[[int, tuple[Any, ...]], None]:
+        assert shared_bytes <= shared_bytes_of_a_block(self.capability)
+        self.flags.append(flags)
 
+        def start(blocks: int, args: tuple[Any, ...]) -> None:
+            entry = self.library.kernel(stem, flags, kernel)
+            self.library.runtime.host_set_schedule(SCHEDULES[self.schedule], ctypes.c_uint64(self.seed))
+            call(entry, min(blocks, self.max_blocks), threads, args)
+            self.launched.append((stem, kernel))
 
-def _tf32(matrix: np.ndarray) -> np.ndarray:
-    """What the matrix units read of float32: they ignore the low 13 bits."""
-    return (matrix.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32).astype(np.float64)
+        return start
 
 
 def call(entry: Any, blocks: int, threads: int, args: tuple[Any, ...]) -> None:

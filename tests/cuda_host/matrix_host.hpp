@@ -6,8 +6,11 @@
 // ldmatrix: each lane's row address is checked for alignment and read when the whole warp has come.
 // cp.async: the destination is poisoned when the copy is issued and filled only when its thread waits for its group: a
 //   missing wait shows as NaN, an early overwrite of a tile still being read too.
+// The end of a launch: a thread that leaves with copies it never waited for is an error, in the last block too.
+// -DHOST_TRACE: every access of block 0 to shared or global memory goes to a log (accesses.py reads it).
 #pragma once
 #include <deque>
+#include <map>
 #include <vector>
 
 #ifdef HOST_TSAN
@@ -34,6 +37,53 @@ struct Unobserved {  // the emulation's own books, which no thread of the kernel
   ~Unobserved() {}
 #endif
 };
+
+// ---------------------------------------------------------------- the log of accesses
+enum Access { SHARED_LOAD, SHARED_STORE, GLOBAL_LOAD, GLOBAL_STORE, LDMATRIX, ASYNC_SHARED, ASYNC_GLOBAL, MMA, ATOMIC };
+
+struct Logged {  // as LOGGED in accesses.py
+  uint64_t address;
+  uint32_t kind, site, bytes, thread, phase, nth;  // nth access of this site since the thread's warp last met
+};
+
+#ifdef HOST_TRACE
+struct Log {
+  std::vector<Logged> all;
+  std::map<std::pair<uint32_t, uint32_t>, uint32_t> counts[1024];  // of a thread: (kind, site) -> accesses this phase
+  uint32_t phases[1024] = {};
+};
+
+inline Log& log_of_accesses() {
+  static Log log;
+  return log;
+}
+
+// An access of no bytes is a lane that takes no part.
+inline void trace(Access kind, const void* at, size_t bytes, int site) {
+  if (block_index().x != 0) return;
+  const uint32_t thread = thread_index().x;
+  Log& log = log_of_accesses();
+  log.all.push_back({reinterpret_cast<uint64_t>(at), uint32_t(kind), uint32_t(site), uint32_t(bytes), thread,
+                     log.phases[thread], log.counts[thread][{uint32_t(kind), uint32_t(site)}]++});
+}
+
+inline void new_phase() {
+  Log& log = log_of_accesses();
+  log.phases[thread_index().x]++;
+  log.counts[thread_index().x].clear();
+}
+
+extern "C" __attribute__((used)) inline void host_write_trace(const char* path) {
+  FILE* file = fopen(path, "wb");
+  Log& log = log_of_accesses();
+  fwrite(log.all.data(), sizeof(Logged), log.all.size(), file);
+  fclose(file);
+  log = Log{};
+}
+#else
+inline void trace(Access, const void*, size_t, int) {}
+inline void new_phase() {}
+#endif
 
 // ---------------------------------------------------------------- mma.sync
 enum Numbers { HALF, BFLOAT, TF32 };
@@ -93,6 +143,8 @@ void multiply_fragments(void** all) {
 
 template <Numbers KIND>
 void mma(float* d, const unsigned* a, const unsigned* b, int line) {
+  new_phase();
+  if (thread_index().x % 32 == 0) trace(MMA, nullptr, 0, line);
   Fragments mine{d, a, b};
   meet(0xffffffffu, &mine, line, multiply_fragments<KIND>, false);
 }
@@ -121,7 +173,9 @@ inline void load_matrices(void** all) {
 }
 
 inline void ldmatrix(unsigned* registers, const void* row, bool transposed, int line) {
+  new_phase();
   check_aligned(row, 16, line);
+  trace(LDMATRIX, row, 16, line);
   volatile char touched = static_cast<const char*>(row)[0] + static_cast<const char*>(row)[15];  // for the sanitizers
   (void)touched;
   Rows mine{static_cast<const char*>(row), registers, transposed, line};
@@ -140,18 +194,30 @@ struct Copies {
   std::deque<std::vector<Copy>> groups;
 };
 
-inline Copies& copies(int line) {
+inline std::vector<Copies>& all_copies() {
   static std::vector<Copies> all(1024);
-  Copies& mine = all[thread_index().x];
+  return all;
+}
+
+inline Copies& copies(int line) {
+  Copies& mine = all_copies()[thread_index().x];
   if (mine.block != block_index().x && !(mine.open.empty() && mine.groups.empty()))
     fail("a thread of an earlier block ended with copies it never waited for", line);
   mine.block = block_index().x;
   return mine;
 }
 
+inline void check_that_all_copies_are_done() {  // after a launch
+  for (Copies& mine : all_copies())
+    if (!(mine.open.empty() && mine.groups.empty()))
+      fail("a thread ended with copies it never waited for (of the launch's last blocks)", 0);
+}
+
 inline void cp_async(void* to, const void* from, bool valid, int line) {
   check_aligned(to, 16, line);
   if (valid) check_aligned(from, 16, line);
+  trace(ASYNC_SHARED, to, 16, line);
+  if (valid) trace(ASYNC_GLOBAL, from, 16, line);
   memset(to, 0xff, 16);
   Unobserved from_here;
   copies(line).open.push_back({to, valid ? from : nullptr});
