@@ -15,7 +15,7 @@ PIECE_BYTES = 16
 PRODUCT = np.dtype(
     [(name, np.int32) for name in ("O", "width", "total", "padded")]
     + [(name, np.int64) for name in ("right", "down", "y_n", "y_o", "y_y", "y_x", "bias_o")]
-    + [(name, np.int32) for name in ("splits", "padded_o", "padded_pixels")],
+    + [(name, np.int32) for name in ("splits", "padded_o")],
     align=True,
 )
 
