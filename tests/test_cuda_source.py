@@ -107,8 +107,16 @@ def test_kernels_compile_without_spilling(nvrtc: compile.NVRTC) -> None:
 
 
 @pytest.mark.slow
-def test_kernels_compile_without_spilling_for_the_other_architectures(nvrtc: compile.NVRTC) -> None:
-    spills(tuple(arch for arch in compile.ARCHS if arch != "sm_90"))
+@pytest.mark.parametrize(
+    "arch",
+    [
+        arch if arch in ("sm_80", "sm_120") else pytest.param(arch, marks=pytest.mark.nightly)
+        for arch in compile.ARCHS
+        if arch != "sm_90"
+    ],
+)
+def test_kernels_compile_without_spilling_for_the_other_architectures(nvrtc: compile.NVRTC, arch: str) -> None:
+    spills((arch,))
 
 
 @pytest.mark.parametrize("arch", ["sm_75", "sm_90"])
