@@ -32,11 +32,11 @@ print(dcn_kernels.deform_conv2d(image, offset, np.ones((1, 1, 1, 1), np.float32)
 WEIGHT = "(one - ly) * (one - lx) * factor"  # of the corner above and to the left, in compiled code
 EDITED = "(one + one) * " + WEIGHT
 # What whoever waits for a first call reads: what happens, about how long, and that it is kept.
-COMPILES = r"dcn_kernels compiles deform_conv\.\w+ for this processor, about 2 to 12 seconds, once, and keeps it in .*"
+COMPILES = r"dcn_kernels compiles deform_conv\.\w+ for this processor, about 2 to 12 seconds, once, and keeps it in "
 
 
-def run(folder: Path) -> np.ndarray:
-    """deform_conv2d at zero offset, computed by a new process with the package of `folder`."""
+def run(folder: Path) -> tuple[np.ndarray, int]:
+    """deform_conv2d at zero offset, by a new process with the package of `folder`, and how many kernels it compiled."""
     environment = {name: value for name, value in os.environ.items() if name != "NUMBA_CACHE_DIR"}
     done = subprocess.run(
         [sys.executable, "-c", RUN],
@@ -48,27 +48,31 @@ def run(folder: Path) -> np.ndarray:
     assert done.returncode == 0, done.stderr
     where, result = done.stdout.splitlines()
     assert Path(where).parent.parent == folder
-    for line in done.stderr.splitlines():
-        assert re.fullmatch(COMPILES, line), line
-    return np.array(eval(result)).reshape(4, 4)
+    said = done.stderr.splitlines()
+    for line in said:
+        assert re.fullmatch(COMPILES + re.escape(str(folder / "dcn_kernels" / "cpu" / "__pycache__")), line), line
+    return np.array(eval(result)).reshape(4, 4), len(said)
 
 
 def test_edited_sampler_changes_the_result_of_deform_conv2d_on_the_next_run(tmp_path: Path) -> None:
     package = tmp_path / "dcn_kernels"
     shutil.copytree(Path(dcn_kernels.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
     image = np.arange(16.0).reshape(4, 4)
-    assert (run(tmp_path) == image).all()
+    output, said = run(tmp_path)
+    assert (output == image).all() and said == 1, "a first call says once that it compiles"
 
     compiled = {path: path.stat().st_mtime_ns for path in package.rglob("*.nbc")}
     assert compiled, "nothing was kept on disk"
-    assert (run(tmp_path) == image).all()
+    output, said = run(tmp_path)
+    assert (output == image).all() and said == 0
     assert {path: path.stat().st_mtime_ns for path in package.rglob("*.nbc")} == compiled, "compiled a second time"
 
     sampling = package / "cpu" / "sampling.py"
     source = sampling.read_text()
     assert source.count(WEIGHT) == 1
     sampling.write_text(source.replace(WEIGHT, EDITED))
-    assert (run(tmp_path) == 2 * image).all()
+    output, said = run(tmp_path)
+    assert (output == 2 * image).all() and said == 1
 
 
 def test_an_inner_function_has_no_machine_code_of_its_own() -> None:
@@ -167,6 +171,21 @@ def test_a_damaged_file_is_compiled_again(damage, load, tmp_path: Path) -> None:
     again = load()
     assert again.work(20) == 41
     assert len(again.work.stats.cache_hits) == (0 if path.is_dir() else 1)
+
+
+def test_where_no_folder_is_writable_each_process_says_that_it_compiles(
+    load, tmp_path: Path, monkeypatch, caplog
+) -> None:
+    def none(function):
+        raise RuntimeError("no locator available")
+
+    monkeypatch.setattr(jit, "_FolderCache", none)
+    assert load().work(20) == 41
+    assert [record.getMessage() for record in caplog.records] == [
+        "dcn_kernels compiles mill.work for this processor, about 2 to 12 seconds, in every process: no folder is "
+        "writable to keep it in; NUMBA_CACHE_DIR can name one"
+    ]
+    assert not kept(tmp_path)
 
 
 def test_a_kernel_that_cannot_be_kept_works(load, tmp_path: Path, monkeypatch, caplog) -> None:

@@ -91,6 +91,8 @@ SIZES: list[tuple[Op, Sample, dict[str, Any], str]] = [
         {"input": zeros(2, 6, 7, 4), "offset": zeros(2, 6, 7, 18), "mask": None},
         "weight: .*4 does not divide C = 6: " + LAST.format("input, offset"),
     ),
+    (DEFORM_CONV2D, CONVOLUTION, {"offset": zeros(2, 6, 7, 18)}, "offset: .*: " + LAST.format("offset")),
+    (DEFORM_CONV2D, CONVOLUTION, {"mask": zeros(2, 6, 7, 9)}, "mask: .*: " + LAST.format("mask")),
     (DEFORM_CONV2D, CONVOLUTION, {"input": zeros(2, 6, 8, 4)}, "weight: .*: 4 does not divide C = 6$"),
     # the offsets of another output size, named by letter and number
     (

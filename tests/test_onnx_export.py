@@ -123,7 +123,7 @@ def test_a_model_with_sizes_left_open() -> None:
 @pytest.mark.parametrize(
     ("model", "why"),
     [
-        (Call(dcn.ps_roi_pool, 1), "ps_roi_pool: ONNX has no such operator"),
+        (Call(dcn.ps_roi_pool, 1, convention="rfcn"), "ps_roi_pool: ONNX has no such operator"),
         (Call(dcn.roi_pool, 2, mode="avg"), "roi_pool: mode: ONNX's operator has only 'max', got 'avg'"),
     ],
 )

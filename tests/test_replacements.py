@@ -289,6 +289,7 @@ def test_a_replaced_layer_gives_the_same_output_and_gradients_with_the_same_para
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(copy.deepcopy(each)(*args), results[1][0], rtol=0, atol=0)
+    torch.testing.assert_close(torch.fx.symbolic_trace(each)(*args), results[1][0], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("names", [["0", "1", "2"], ["1"]])
@@ -310,6 +311,19 @@ def test_multi_scale_roi_align_pools_each_region_on_its_level(names: list[str]) 
     torch.testing.assert_close(traced(*args), want, rtol=1e-6, atol=1e-6)
     empty = ours(maps, [torch.zeros(0, 4)] * 2, args[2])
     assert empty.shape == (0, 3, 2, 3)
+
+
+def test_half_precision_regions_have_the_level_of_their_size() -> None:
+    """Their area does not fit into float16: every region wider than 256 would be taken for the largest."""
+    pool = layers.replace_layers(MultiScaleRoIAlign([str(i) for i in range(3)]))
+    pool.canonical_scale, pool.canonical_level = 224, 4
+    maps = {str(i): torch.full((1, 1, 256 >> i, 256 >> i), float(i), dtype=torch.float16) for i in range(3)}
+    boxes = torch.tensor([[0, 0, 100, 100], [0, 0, 300, 300], [0, 0, 600, 600]], dtype=torch.float16)
+    assert pool(maps, [boxes], [(1024, 1024)]).amax(dim=(1, 2, 3)).tolist() == [0, 2, 2]
+    boxes = torch.tensor([[0, 0, 440, 440], [0, 0, 260, 260], [0, 0, 450, 450]], dtype=torch.float16)
+    maps["3"] = torch.full((1, 1, 32, 32), 3.0, dtype=torch.float16)
+    pool.featmap_names, pool.scales = ["0", "1", "2", "3"], None
+    assert pool(maps, [boxes], [(1024, 1024)]).amax(dim=(1, 2, 3)).tolist() == [2, 2, 3]
 
 
 class Holder(nn.Module):
@@ -373,6 +387,23 @@ class LinearDCNv2(nn.Linear):
         raise AssertionError
 
 
+@of("somebodys.layers", "DeformConv2d")
+class BoundedDeformConv2d(TorchvisionDeformConv2d):
+    def forward(self, input: Any, offset: Any, mask: Any = None) -> Any:
+        raise AssertionError
+
+
+@of("somebodys.layers", "DCNv2")
+class ScaledDCNv2(Conv):
+    def __init__(self) -> None:
+        super().__init__(bias=True)
+        self.gain = nn.Parameter(torch.ones(1))
+        self.register_buffer("seen", torch.zeros(1))
+
+    def forward(self, input: Any, offset: Any, mask: Any) -> Any:
+        raise AssertionError
+
+
 def patched() -> Any:
     layer = MmcvDeformConv2d()
     layer.forward = layer.forward
@@ -389,6 +420,8 @@ def patched() -> Any:
         (OtherDeformConv2d, r"expected the submodules \[\], got \['p_conv'\]"),
         (lambda: LinearDCNv2(3, 4), "it has no stride, padding, dilation"),
         (patched, "its forward was replaced by another"),
+        (BoundedDeformConv2d, "it is a subclass of a layer of that name"),
+        (ScaledDCNv2, "it has parameters or buffers of its own: gain, seen"),
     ],
 )
 def test_another_layer_of_a_known_name_stays_and_the_warning_says_why(make: Callable[[], Any], reason: str) -> None:

@@ -320,9 +320,9 @@ def test_rois_may_be_a_list_of_boxes_for_each_image() -> None:
     image, boxes = torch.rand(3, 4, 8, 8), [torch.tensor([[0.0, 0, 6, 5]]), torch.zeros(0, 4), torch.rand(2, 4) * 7]
     rois = torch.cat((torch.tensor([[0.0], [2], [2]]), torch.cat(boxes)), dim=1)
     for name in ("roi_pool", "roi_align", "ps_roi_pool", "ps_roi_align"):
-        assert torch.equal(
-            function(dcn_kernels.OPS[name])(image, boxes, 2), function(dcn_kernels.OPS[name])(image, rois, 2)
-        )
+        call = function(dcn_kernels.OPS[name])
+        more = {"convention": "rfcn"} if name == "ps_roi_pool" else {}
+        assert torch.equal(call(image, boxes, 2, **more), call(image, rois, 2, **more))
 
 
 def test_numpy_integers_are_taken_also_where_operators_are_watched() -> None:
@@ -521,6 +521,13 @@ def test_a_layer_that_two_libraries_compute_differently_does_not_guess() -> None
     with pytest.raises(TypeError, match=r"PSRoIPool: convention: expected \"torchvision\" .* or \"rfcn\""):
         layers.PSRoIPool(2, 0.5)
     image, boxes = torch.rand(1, 12, 8, 8), torch.tensor([[0.0, 1, 1, 12, 14]])
+    for call in (
+        lambda: layers.ps_roi_pool(image, boxes, 2, 0.5),
+        lambda: layers.ps_roi_pool(image, boxes=boxes, output_size=2),
+    ):
+        with pytest.raises(TypeError, match=r"ps_roi_pool: convention: expected \"torchvision\" .* or \"rfcn\""):
+            call()
+    assert layers.ps_roi_pool(image, boxes, 2, 0.5, group_size=2).shape == (1, 3, 2, 2)  # torchvision's has none
     for convention in ("torchvision", "rfcn"):
         want = dcn_kernels.ps_roi_pool(image, boxes, 2, 0.5, convention=convention)
         torch.testing.assert_close(layers.PSRoIPool(2, 0.5, convention=convention)(image, boxes), want)

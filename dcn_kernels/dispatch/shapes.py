@@ -266,7 +266,7 @@ def _bind(op: Op, shapes: tuple[tuple[str, tuple[int, ...]], ...], params_items:
 def _layout_hint(op: Op, shape_of: dict[str, tuple[int, ...]], params: Params) -> str:
     """What may be wrong where the shapes fit as soon as channels move from last to second place, or ""."""
     maps = [name for name, named in op.arrays.items() if named.startswith("N ") and name in shape_of]
-    for names in (maps[:1], maps, [*maps, "grad_output"]):
+    for names in (maps[:1], maps, [*maps, "grad_output"], *([name] for name in maps[1:])):
         moved = {name: (s[0], s[3], s[1], s[2]) if name in names and len(s) == 4 else s for name, s in shape_of.items()}
         with contextlib.suppress(ValueError):
             _sizes(op, moved, params)

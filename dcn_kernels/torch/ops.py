@@ -333,12 +333,23 @@ _ELSEWHERE = {
     "trans_std": "write gamma=, or take deform_ps_roi_pool",
     "pool_mode": "mean pooling is roi_align, pooling of maxima roi_pool",
 }
+# Where torchvision's function of the name computes something else than the default here, and what only ours takes.
+_DIFFERS = {"ps_roi_pool": ("convention", "group_size")}
+
+
+def no_guess(name: str) -> TypeError:
+    """The error for a call that reads as torchvision's and does not say whose numbers it wants."""
+    return TypeError(
+        f'{name}: convention: expected "torchvision" (what torchvision.ops.{name} computes) or "rfcn", got None: '
+        "their numbers differ"
+    )
 
 
 def _ported(op: Op, function: Callable[..., torch.Tensor], names: Sequence[str]) -> Callable[..., torch.Tensor]:
     """The function with `boxes` for `rois`, and an answer to what other libraries call its arguments."""
     hints = {name: text for name, text in _ELSEWHERE.items() if name not in names}
     special = {*hints, *(["boxes"] if "rois" in names else [])}
+    tells = _DIFFERS.get(op.name, ())
 
     def ported(*args: Any, **kwargs: Any) -> torch.Tensor:
         given = (*args, *kwargs.values())
@@ -351,6 +362,8 @@ def _ported(op: Op, function: Callable[..., torch.Tensor], names: Sequence[str])
                 kwargs["rois"] = kwargs.pop("boxes")
             for name in hints.keys() & kwargs.keys():
                 raise TypeError(f"{op.name}: {name}: no such argument here: {hints[name]}")
+        if tells and not any(name in kwargs for name in tells):
+            raise no_guess(op.name)
         return function(*args, **kwargs)
 
     return ported
@@ -404,6 +417,11 @@ def function_of(op: Op) -> Callable[..., torch.Tensor]:
         "input and\n    weights are half precision, and coordinates stay as they are. `torch.vmap` makes one call "
         "per element.\n    `torch.use_deterministic_algorithms(True)` means deterministic=True.\n    "
         + ("`rois`, or `boxes`, may also be a list of (R_n, 4), one an image.\n    " if "rois" in op.arrays else "")
+        + (
+            f"{' or '.join(_DIFFERS[op.name])} must be given, as torchvision's numbers are others.\n    "
+            if op.name in _DIFFERS
+            else ""
+        )
     )
     return function
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dcn_kernels.torch.layers import DeformConv2d, DeformConv2dPack, ModulatedDeformConv2dPack
-from dcn_kernels.torch.ops import FUNCTIONS, rois_of
+from dcn_kernels.torch.layers import DeformConv2d, DeformConv2dPack, ModulatedDeformConv2dPack, pair_of
+from dcn_kernels.torch.ops import FUNCTIONS, HALVES, rois_of
 from dcn_kernels.torch.roi_layers import DeformRoIPool, PSRoIAlign, PSRoIPool, RoIAlign, RoILayer, RoIPool
 
 log = logging.getLogger(__name__)
@@ -54,13 +54,13 @@ class OffsetMaskDeformConv2d(DeformConv2d):
 class FcDeformRoIPool(DeformRoIPool):
     """mmcv's DeformRoIPoolPack, and with `mask_fc` its ModulatedDeformRoIPoolPack: offsets by `offset_fc`."""
 
+    output_size: Any
     offset_fc: nn.Module
     mask_fc: nn.Module
 
     def forward(self, input: Tensor, rois: Tensor) -> Tensor:  # type: ignore[override]
         """input (N, C, H, W) -> (R, C, PH, PW)."""
-        pooled = super().forward(input, rois)
-        bins, regions = pooled.shape[2:], pooled.flatten(1)
+        bins, regions = pair_of(self.output_size), super().forward(input, rois).flatten(1)
         mask = self.mask_fc(regions).view(-1, *bins) if hasattr(self, "mask_fc") else None
         return super().forward(input, rois, self.offset_fc(regions).view(-1, 2, *bins), mask)
 
@@ -113,7 +113,8 @@ def _aligned_on_levels(
     if len(features) == 1:
         return align(features[0], rois, output_size, scales[0], sampling_ratio)
     size, level = canonical
-    sides = (rois[:, 3:] - rois[:, 1:3]).prod(dim=1).sqrt()
+    corners = rois.float() if rois.dtype in HALVES else rois  # a half-precision area overflows at 256 x 256
+    sides = (corners[:, 3:] - corners[:, 1:3]).prod(dim=1).sqrt()
     lowest, highest = (-int(math.log2(scale)) for scale in (scales[0], scales[-1]))
     # equation 1 of Feature Pyramid Networks
     levels = (level + torch.log2(sides / size) + 1e-6).floor().clamp(lowest, highest) - lowest
@@ -192,6 +193,8 @@ def _why_not(module: nn.Module, rule: Rule) -> str:
     package = type(module).__module__.partition(".")[0]
     if rule.packages and package not in rule.packages:
         return f"expected that of {' or '.join(rule.packages)}"
+    if any(base.__name__ == type(module).__name__ for base in type(module).__mro__[1:]):
+        return "it is a subclass of a layer of that name"
     if "forward" in vars(module):
         return "its forward was replaced by another"
     takes = list(inspect.signature(module.forward).parameters)[1:]
@@ -205,6 +208,10 @@ def _why_not(module: nn.Module, rule: Rule) -> str:
     known = {name.removesuffix("?") for name in rule.children}
     if not required <= children <= known:
         return f"expected the submodules {sorted(known)}, got {sorted(children)}"
+    known_tensors = ("weight", "bias")  # weight_g and weight_v of torch's weight_norm too
+    tensors = sorted(name for name in (*module._parameters, *module._buffers) if not name.startswith(known_tensors))
+    if tensors:
+        return f"it has parameters or buffers of its own: {', '.join(tensors)}"
     if getattr(module, "pool_mode", "avg") != "avg":
         return "it takes the maximum of samples, which no operator here does"
     return ""
@@ -236,7 +243,7 @@ def replace_layers(model: nn.Module) -> nn.Module:
       DeformRoIPoolPack, ModulatedDeformRoIPoolPack, and the convolutions' older names without the 2d;
     - DCNv2 and DCN, with its conv_offset_mask, of the stand-alone DCNv2.
 
-    Subclasses with names of their own are left as they are, and so are functions that a model calls by itself, such as
+    Subclasses are left as they are, and so are functions that a model calls by itself, such as
     torchvision's `roi_align` of ground truth in the loss of Mask R-CNN.
 
     Parameters

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dcn_kernels.torch.layers import NotScripted, Pair, pair_of, slower, zero
-from dcn_kernels.torch.ops import FUNCTIONS, rois_of
+from dcn_kernels.torch.ops import FUNCTIONS, no_guess, rois_of
 
 
 class RoILayer(NotScripted, nn.Module):
@@ -74,10 +74,7 @@ class PSRoIPool(RoILayer):
     ) -> None:
         super().__init__()
         if convention is None:
-            raise TypeError(
-                'PSRoIPool: convention: expected "torchvision" (what torchvision.ops.PSRoIPool computes) or "rfcn", '
-                "got None: their numbers differ"
-            )
+            raise no_guess("PSRoIPool")
         self._keep(output_size=output_size, spatial_scale=spatial_scale, group_size=group_size, convention=convention)
 
     def forward(self, input: Tensor, rois: Tensor | list[Tensor]) -> Tensor:
@@ -274,4 +271,5 @@ class DeformPSRoIPoolPack(DeformPSRoIPool):
         rois = rois_of(rois)
         conv = self.conv_offset
         fields = nn.functional.conv2d(features, slower(conv.weight, self.beta), slower(conv.bias, self.beta))  # type: ignore[arg-type]
-        return super().forward(scores, rois, FUNCTIONS["ps_roi_pool"](fields, rois, self.parts, self.spatial_scale))  # type: ignore[arg-type]
+        trans = FUNCTIONS["ps_roi_pool"](fields, rois, self.parts, self.spatial_scale, convention="rfcn")  # type: ignore[arg-type]
+        return super().forward(scores, rois, trans)
