@@ -27,7 +27,7 @@ def place_samples(
     *,
     op: str,
 ) -> None:
-    """Fill keys (samples,), the cell of each sample of a tile, and placed (samples, 3), its place in it and its mask."""
+    """Fill keys (samples,), the cell of each sample of a tile, and placed (samples, 3): its place there, and mask."""
     blocks = -(-samples // THREADS)
     device.launch(BUILD, "cells", flags, blocks, THREADS, (offset, mask, keys, placed, s), op=op)
 
