@@ -430,6 +430,7 @@ print("right" if t.layer_is_right(t.Library(Path(cache)), nth, dtype) else "wron
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_fault_is_caught(library: Library, fault: str) -> None:
     """By a wrong result or by the stand-in's own checks, under some schedule."""

@@ -398,6 +398,7 @@ def test_without_a_planted_fault_the_layers_are_right(library: Library) -> None:
     assert result.stdout == "right\n", result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", PLANTED)
 def test_planted_fault_is_caught(library: Library, fault: str) -> None:
     result = in_a_process(library, *PLANTED[fault])

@@ -378,7 +378,7 @@ def test_nothing_is_written_when_memory_runs_out(library: Library, deterministic
             break
         except MemoryError:
             assert np.all(out == 7) and not device.launched
-    assert succeed >= 3
+    assert succeed == 2, "packed weights and staged images"
     for succeed in range(20):
         device = OutOfMemory(library, succeed)
         try:

@@ -15,7 +15,7 @@ PIECE_BYTES = 16
 PRODUCT = np.dtype(
     [(name, np.int32) for name in ("O", "width", "total", "padded")]
     + [(name, np.int64) for name in ("right", "down", "y_n", "y_o", "y_y", "y_x", "bias_o")]
-    + [(name, np.int32) for name in ("splits", "padded_o", "padded_pixels")],
+    + [(name, np.int32) for name in ("splits", "padded_o")],
     align=True,
 )
 
@@ -90,7 +90,7 @@ FORWARD = (
     Tile("tf32", 33, 64, 64, 2, 2, 3, 9, "58 KB: up to 64 outputs, or more blocks"),
     Tile("tf32", 1, 64, 32, 2, 2, 3, 9, "46 KB: up to 32 outputs, or more blocks still"),
     Tile("plain", 65, 128, 128, 2, 4, 2, 5, "84 KB: 16 multiply-adds of float32 for a read of 16 bytes"),
-    Tile("plain", 33, 64, 64, 2, 2, 2, 5, "42 KB: up to 64 outputs, or more blocks; 52 KB of float64, sm_75 has 64"),
+    Tile("plain", 33, 64, 64, 2, 2, 2, 5, "42 KB: up to 64 outputs, or more blocks; 54 KB of float64, sm_75 has 64"),
     Tile("plain", 1, 64, 32, 2, 2, 2, 5, "34 KB: up to 32 outputs, or more blocks still"),
 )
 

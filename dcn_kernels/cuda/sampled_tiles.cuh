@@ -13,7 +13,7 @@ struct product_t {
   int padded;           // of a tap of the weight matrix, `width` rounded up to EL
   index_t right, down;  // VEC > 1: bytes from a pixel of the input to the next one, to the next row
   index_t y_n, y_o, y_y, y_x, bias_o;   // strides of the output [images, O, OH, OW] and of the bias, in elements
-  int splits, padded_o, padded_pixels;  // of the backward
+  int splits, padded_o;                 // of the backward
 };
 
 // Where the samples come from.
