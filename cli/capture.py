@@ -24,7 +24,7 @@ def capture(output: str, framework: str, command: tuple[str, ...]) -> None:
     """Run a Python program and note the deformable and RoI layers that it calls, once for each of their sizes.
 
     Written are the operator, sizes, options, dtype, how the input lies in memory, how often it was called, and how far
-    its offsets spread; nothing else of the arrays. The exit code is the program's. The interpreter must have
+    its offsets reach; nothing else of the arrays. The exit code is the program's. The interpreter must have
     dcn-kernels installed; to note a part of a program, use dcn_kernels.torch.record_layers in it.
 
     \b

@@ -117,8 +117,8 @@ def main() -> None:
             sizes[name] = sum(parameter.numel() for parameter in model.parameters())
     for name, found in results.items():
         each = " ".join(f"{100 * value:.1f}" for value in found)
-        spread = 100 * np.std(found, ddof=1)
-        print(f"{name:10} {100 * np.mean(found):.1f} % +- {spread:.1f} over seeds: {each}; {sizes[name]} parameters")
+        deviation = 100 * np.std(found, ddof=1)
+        print(f"{name:10} {100 * np.mean(found):.1f} % +- {deviation:.1f} over seeds: {each}; {sizes[name]} parameters")
     if options.picture:
         draw(model, images[1200:], options.picture)
 

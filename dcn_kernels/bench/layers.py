@@ -146,9 +146,9 @@ def _parsed(op: str, text: str) -> dict[str, Any]:
     row = _row(op)
     sizes: dict[str, Any] = {}
     parts = text.split(",")
-    short, letters = _SHORT.fullmatch(parts[0].strip()), _short(row)
-    if short and short["sizes"].count("x") + 1 == len(letters):
-        given = [f"{name}={value}" for name, value in zip(letters, short["sizes"].split("x"), strict=True)]
+    short, named = _SHORT.fullmatch(parts[0].strip()), _short(row)
+    if short and short["sizes"].count("x") + 1 == len(named):
+        given = [f"{name}={value}" for name, value in zip(named, short["sizes"].split("x"), strict=True)]
         parts[:1] = given + [f"{name}={short[name]}" for name in ("O", "kernel") if short[name]]
     axes = "x".join(row.axes)
     for part in parts:

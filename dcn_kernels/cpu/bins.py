@@ -16,10 +16,12 @@ from numba import types
 
 from dcn_kernels.cpu.jit import intrinsic, stay_apart
 
-exact = numba.njit(error_model="numpy", fastmath=False)  # said, as Numba hands down the caller's flags where it is not
+# fastmath=False is written out: without it Numba compiles the function with the flags of its caller.
+exact = numba.njit(error_model="numpy", fastmath=False)
 
-# A function that takes an array counts a reference to it, atomically: dearer than a bin's few numbers, and threads
-# that count those of one array wait for each other. So lists and maps come as addresses, read and written by these.
+# Compiled code counts the references to an array atomically whenever a function takes one. That costs more than
+# computing a bin's few numbers, and threads that take the same array wait for each other. So lists and maps are passed
+# as addresses, which `peek` reads and `poke` writes.
 
 
 @intrinsic
@@ -170,7 +172,8 @@ def add_line(n, line, weight, slope, index, weights, slopes):
 
 @exact
 def add_point(n, v, length, clamped, weight, slope, index, weights, slopes):
-    """Add the cell of a coordinate: `weight` 1 or 0 where it counts or not, `slope` 1 or 0 where it moves.
+    """Add the two lines of a point's cell. `weight` is 1 where the point counts, `slope` 1 where its derivative does;
+    else they are 0.
 
     The line is clamped, not the coordinate: from 2^24 on float32 cannot tell length - 1 from lines off the map.
     """

@@ -126,7 +126,7 @@ def sample_columns(s, source, index, weight, row, count, columns, column):
 
 @inner
 def sample_gradients(s, wanted, source, target, index, weight, row, count, grad_columns, columns, column, part):
-    """For `count` samples of one unit: their columns, their four dots, and their share of grad_input."""
+    """For `count` samples of one slab and tap: their columns, their four dots, and their share of grad_input."""
     stay_apart()
     itemsize = columns.itemsize
     like = columns[0, 0]

@@ -182,7 +182,7 @@ def address_of(typingctx, array, i, j):
 
 @intrinsic
 def _fetch(typingctx, address):
-    """Ask for the cache line at `address`; any address will do."""
+    """Prefetch the cache line at `address`; an address that is not valid does no harm."""
 
     def codegen(context, builder, signature, args):
         i32, byte = ir.IntType(32), ir.IntType(8).as_pointer()
@@ -212,7 +212,7 @@ def clear(typingctx, address, length):
 
 @spliced
 def fetch_run(address, length):
-    """Ask for `length` bytes that will be read soon and lie far from the last ones, where no machine guesses them."""
+    """Prefetch `length` bytes that will be read soon and lie where the processor does not foresee it."""
     for at in range(address, address + min(length, FETCHED), 64):
         _fetch(at)
 

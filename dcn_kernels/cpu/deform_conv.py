@@ -2,8 +2,8 @@
 
     y[o, p] = b[o] + sum_(c, k) w[o, c, k] column[p, (c, k)],   column = m x(p0 + p_k + dp_k)
 
-The image is staged in slabs of channels (slabs.py): a sample is four runs of lanes. A unit is one (slab, tap); units in
-order are the depth of the product.
+The image is staged in slabs of channels (slabs.py): a sample is four runs of lanes. A step of the product is one
+(slab, tap); its steps in order are its depth.
 
 Forward: a thread owns a tile of output pixels. Backward (deform_conv_backward.py): a thread owns a range of slabs.
 Results do not depend on the number of threads.
@@ -23,7 +23,7 @@ from dcn_kernels.cpu.convert import address_of, clear, load_run, store_run
 from dcn_kernels.cpu.deform_conv_backward import backward_worker
 from dcn_kernels.cpu.gemm import CACHE_BYTES, DEPTH, LDA, MR, panel, rows_by_panels, vector
 from dcn_kernels.cpu.jit import inner, kernel, stay_apart
-from dcn_kernels.cpu.sampling import VALUE, corner_table, limits
+from dcn_kernels.cpu.sampling import VALUE, corner_table, limits_of
 from dcn_kernels.cpu.slabs import Slabs, array_from, cut, described, numbers_of, round_up, stage, staged_pixels, turn
 from dcn_kernels.cpu.threads import barrier, claim, get_num_threads, join, leave, run, threads_for
 from dcn_kernels.dtypes import accumulator
@@ -33,14 +33,14 @@ FILTERS = 8  # packed together
 
 @inner
 def pack_weights(s, weight, group, j, slabs, of_group, packed, lines):
-    """Output channels j .. j + panel of one group as panels [pass][unit, lane][o] of the product's operand B."""
+    """Output channels j .. j + panel of one group as panels [pass][step, lane][o] of the product's operand B."""
     stay_apart()
     taps, per_group = s.KH * s.KW, s.O // s.groups
     first_slab, last_slab = of_group[group], of_group[group + 1]
     padded = round_up(per_group, s.width)
     width = min(s.panel, padded - j)
     given = min(width, per_group - j)
-    units = DEPTH // s.lanes  # of one pass
+    steps = DEPTH // s.lanes  # of one pass
     total = (last_slab - first_slab) * taps
     base = of_group[group] * taps * s.lanes * padded
     size = s.lanes * taps  # of one filter's part of a slab
@@ -52,11 +52,11 @@ def pack_weights(s, weight, group, j, slabs, of_group, packed, lines):
             clear(address_of(lines, 0, 0), filters * size * lines.itemsize)  # what is not given is 0
             for i in range(min(filters, given - i0)):
                 load_filter(s, weight, group * per_group + j + i0 + i, channel, count, lines, i * size)
-            start = first // units * units  # of its pass
+            start = first // steps * steps  # of its pass
             for k in range(taps):
-                if first + k == start + units:
-                    start += units
-                to = base + start * s.lanes * padded + j * min(units, total - start) * s.lanes
+                if first + k == start + steps:
+                    start += steps
+                to = base + start * s.lanes * padded + j * min(steps, total - start) * s.lanes
                 to += (first + k - start) * s.lanes * width + i0
                 for c in range(s.lanes):
                     for i in range(filters):
@@ -90,7 +90,7 @@ def forward_worker(
     thread, threads, sync,
     numbers,  # a Shape and six Arrays: one array of numbers costs a call far less than 60 of them
     slabs, of_group, limits,
-    packed,  # (depth of all units * padded outputs,): B of the product
+    packed,  # (depth of all steps * padded outputs,): B of the product
     staged,  # (images, slabs, staged_pixels, lanes)
     columns,  # (threads, tile, LDA): A of the product
     sums,  # (threads, tile, padded outputs of a group): C
@@ -114,7 +114,7 @@ def forward_worker(
     padded = round_up(per_group, s.width)
     panels = (padded + s.panel - 1) // s.panel
     tiles = (pixels + s.tile - 1) // s.tile
-    units = DEPTH // s.lanes
+    steps = DEPTH // s.lanes  # of one pass
     for image in range(0, s.N, s.images):
         images = min(s.images, s.N - image)
         to_pack = s.groups * panels if image == 0 else 0
@@ -140,14 +140,14 @@ def forward_worker(
             clear(address_of(column, count, 0), (round_up(count, MR) - count) * LDA * itemsize)
             for group in range(s.groups):
                 clear(address_of(total, 0, 0), round_up(count, MR) * total.shape[1] * itemsize)
-                first_unit, last_unit = of_group[group] * taps, of_group[group + 1] * taps
-                for unit in range(first_unit, last_unit, units):
-                    depth = min(units, last_unit - unit) * s.lanes
-                    for u in range(min(units, last_unit - unit)):
-                        slab, k = (unit + u) // taps, (unit + u) % taps
+                first_step, last_step = of_group[group] * taps, of_group[group + 1] * taps
+                for step in range(first_step, last_step, steps):
+                    depth = min(steps, last_step - step) * s.lanes
+                    for i in range(min(steps, last_step - step)):
+                        slab, k = (step + i) // taps, (step + i) % taps
                         source, row = address_of(staged, b, slab), slabs[slab, 3] * taps + k
-                        sample_columns(s, source, corners, weights, row, count, column, u * s.lanes)
-                    operand = address_of(packed, 0, 0) + unit * s.lanes * padded * itemsize
+                        sample_columns(s, source, corners, weights, row, count, column, i * s.lanes)
+                    operand = address_of(packed, 0, 0) + step * s.lanes * padded * itemsize
                     rows_by_panels(
                         like, itemsize, address_of(column, 0, 0), count, depth, operand, padded,
                         address_of(total, 0, 0), total.shape[1],
@@ -184,7 +184,7 @@ def deform_conv2d(
         input.shape, offset.shape, weight.shape, input.dtype, stride, padding, dilation, get_num_threads()
     )  # fmt: skip
     buffers = workspace.allocate(plan.buffers)
-    rule = limits(border, *input.shape[2:], accumulator(input.dtype))
+    rule = limits_of(border, *input.shape[2:], accumulator(input.dtype))
     call = numbers_of(
         plan.shape, described(input), described(offset), described(mask), described(weight), described(bias),
         described(out),
@@ -301,7 +301,7 @@ def deform_conv2d_backward(
     buffers = workspace.allocate(plan.buffers)
     if "weight" in wrt and buffers["grad_weight"].size == 0:
         buffers["grad_weight"] = grads["weight"].reshape(-1)
-    rule = limits(border, *input.shape[2:], accumulator(input.dtype))
+    rule = limits_of(border, *input.shape[2:], accumulator(input.dtype))
     outputs = [described(grads.get(name)) for name in ("input", "offset", "mask", "weight", "bias")]
     call = numbers_of(
         plan.shape, wanted, described(grad_output), described(input), described(offset), described(mask),

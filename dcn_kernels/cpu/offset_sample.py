@@ -14,7 +14,7 @@ from dcn_kernels.cpu import workspace
 from dcn_kernels.cpu.columns import SHAPE_FIELDS, Shape, positions, shape_from, write_coordinate_gradients
 from dcn_kernels.cpu.convert import store_run
 from dcn_kernels.cpu.jit import inner, kernel, stay_apart
-from dcn_kernels.cpu.sampling import SLOPE, VALUE, corner_table, limits
+from dcn_kernels.cpu.sampling import SLOPE, VALUE, corner_table, limits_of
 from dcn_kernels.cpu.slabs import array_from, described, load_pixels, numbers_of
 from dcn_kernels.cpu.threads import barrier, claim, join, leave, run, threads_for
 from dcn_kernels.dtypes import accumulator
@@ -184,7 +184,7 @@ def offset_sample2d(
         "lines": ((threads, 4, TILE), real),
     }
     buffers = workspace.allocate(wanted)
-    rule = limits(border, shape.H, shape.W, real)
+    rule = limits_of(border, shape.H, shape.W, real)
     arrays = (described(input), described(offset), described(None), described(out))
     run(forward_worker, threads, numbers_of(shape, *arrays), rule, *buffers.values())
     return out
@@ -217,7 +217,7 @@ def offset_sample2d_backward(
         "lines": ((threads, 6, TILE), real),
     }
     buffers = workspace.allocate(wanted)
-    rule = limits(border, shape.H, shape.W, real)
+    rule = limits_of(border, shape.H, shape.W, real)
     arrays = [described(each) for each in (grad_output, input, offset, None)]
     outputs = [described(grads.get(name)) for name in ("input", "offset")]
     shape = shape._replace(ranges=ranges)

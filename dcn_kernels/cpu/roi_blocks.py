@@ -1,7 +1,7 @@
 """Maps and pooled values of regions of interest, in and out of the layouts that their workers use.
 
-With lanes = 16 planes become slabs of 16 channels, channels-last: [slab][element][lane]; with lanes = 1 they stay so.
-`line` is a thread's memory for 16 runs of 64 elements, where they are converted.
+With lanes = 16 planes become slabs of 16 channels, channels-last: [slab][element][lane]; with lanes = 1 they stay
+planes. `line` is a thread's memory for 16 runs of 64 elements, in which they are converted.
 """
 
 from __future__ import annotations
@@ -117,5 +117,5 @@ def store_pooled(s, pooled, r, c0, count, out, line):
 
 @spliced
 def expect(array, r, c0, count):
-    """Ask for one RoI's channels c0 .. c0 + count, which will be read or written soon: no machine guesses where."""
+    """Prefetch one RoI's channels c0 .. c0 + count, to be read or written soon where the processor does not foresee."""
     fetch_run(array.address + r * array.s0 + c0 * array.s1, count * abs(array.s1))

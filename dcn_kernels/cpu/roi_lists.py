@@ -14,7 +14,7 @@ from dcn_kernels.cpu.jit import become_part, inner, spliced
 class Lists(NamedTuple):
     """Where a thread keeps lists of lines: PW of columns, one for each bin in a row of bins, then one of rows.
 
-    All but the first are addresses. Arrays would do, but each call with one counts a reference to it.
+    All but the first are addresses, not arrays: each call with an array counts a reference to it (see bins.py).
     """
 
     most: int  # lines of a list

@@ -39,8 +39,8 @@ from dcn_kernels.dispatch.shapes import argmax_error
 @kernel
 def forward_worker(
     thread, threads, sync,
-    numbers,  # a Shape and the Arrays input, out, argmax, rois, two absent ones
-    constants,  # (2,): spatial_scale and another
+    numbers,  # a Shape and the Arrays input, out, argmax, rois, and absent ones for offset and mask
+    constants,  # (2,): spatial_scale, and a factor that nothing here uses
     units,  # (units, 4)
     order,  # (R,)
     first_of,  # (N + 1,)
@@ -137,8 +137,8 @@ def store_places(places, bins, count, to):
 @kernel
 def backward_worker(
     thread, threads, sync,
-    numbers,  # a Shape and the Arrays input, grad_output, grad_input, rois, two absent ones
-    constants,  # (2,): spatial_scale and another
+    numbers,  # a Shape and the Arrays input, grad_output, grad_input, rois, and absent ones for offset and mask
+    constants,  # (2,): spatial_scale, and a factor that nothing here uses
     units,  # (units, 4)
     order,  # (R,)
     first_of,  # (N + 1,)

@@ -49,8 +49,8 @@ def find_all_edges(sync, s, regions, edges):
 @kernel
 def forward_worker(
     thread, threads, sync,
-    numbers,  # a Shape and the Arrays input, out, rois, two absent ones
-    constants,  # (2,): spatial_scale and another
+    numbers,  # a Shape and the Arrays input, out, rois, and absent ones for offset and mask
+    constants,  # (2,): spatial_scale, and a factor that nothing here uses
     units,  # (units, 4)
     order,  # (R,)
     first_of,  # (N + 1,)
@@ -117,8 +117,8 @@ def rectangles(share, count, first, step, width, rows, columns, to, to_step):
 @kernel
 def backward_worker(
     thread, threads, sync,
-    numbers,  # a Shape and the Arrays grad_output, grad_input, rois, two absent ones
-    constants,  # (2,): spatial_scale and another
+    numbers,  # a Shape and the Arrays grad_output, grad_input, rois, and absent ones for offset and mask
+    constants,  # (2,): spatial_scale, and a factor that nothing here uses
     units,  # (units, 4)
     order,  # (R,)
     first_of,  # (N + 1,)

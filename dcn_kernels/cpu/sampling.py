@@ -3,8 +3,8 @@
 The same rules as in reference/sampling.py. Here a rule is the numbers that a coordinate is compared with, so that one
 loop without branches serves all rules and LLVM makes vectors of it. A corner that is outside the image, or of a
 sample that does not count, is the pixel `empty` = H*W: the staged image has a pixel of zeros there, which is read and
-written as any other. The one after it is such a pixel too: those who are asked for both tell by it which samples'
-values do not count.
+written as any other. Pixel `empty` + 1 is one of zeros too: a table for BOTH has it as the first corner of a sample
+whose derivative counts and whose value does not.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from numba import types
 
 from dcn_kernels.cpu.jit import inner, intrinsic, spliced, stay_apart
 
-# What corner_table is asked for
+# What corner_table is asked for.
 VALUE = 0  # corners of samples whose value counts
 SLOPE = 1  # also of those whose derivative alone does: at -1 under "zeros"
-BOTH = 2  # as SLOPE; a sample whose value does not count has the pixel empty + 1 for its first corner, always outside
+BOTH = 2  # as SLOPE; where the value does not count, the first corner is the pixel empty + 1
 
 Limits = tuple[float, float, float, float, float, float]
 
@@ -62,7 +62,7 @@ BORDERS: dict[str, Callable[[int, Any], Limits]] = {"zeros": zeros, "msra": msra
 
 
 @lru_cache(maxsize=256)
-def limits(border: str, height: int, width: int, real: Any) -> np.ndarray:
+def limits_of(border: str, height: int, width: int, real: Any) -> np.ndarray:
     """The rule's numbers for both axes: (2, 6)."""
     rule = BORDERS[border]
     scalar = np.dtype(real).type
@@ -136,7 +136,7 @@ def coordinate_gradients(y, x, m, count, limits, dots, grad_y, grad_x, grad_m):
     """Gradients of positions and masks from dots[p, q] = sum_c g_c x_c(q) over the corners q of position p.
 
     A g that is infinite or NaN makes all four dots so, and with them the gradients that the rule holds at 0: 0 times g.
-    Pixels do that to their own dots alone, and a rule of 0 reads none.
+    A pixel that is infinite or NaN makes only its own corner's dot so.
     """
     stay_apart()
     one = y.dtype.type(1)

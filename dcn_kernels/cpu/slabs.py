@@ -31,7 +31,7 @@ class Array(NamedTuple):
 
 @spliced
 def array_from(numbers, i):
-    """The i-th `Array` behind the others in a call's numbers."""
+    """The i-th of the `Array`s that stand one after another in a call's numbers."""
     at = i * 6  # the fields of an Array
     return Array(numbers[at], numbers[at + 1], numbers[at + 2], numbers[at + 3], numbers[at + 4], numbers[at + 5])
 
@@ -58,7 +58,7 @@ class Slabs(NamedTuple):
 
 
 def numbers_of(*groups: tuple[int, ...]) -> np.ndarray:
-    """The numbers of named tuples behind each other, for a kernel to take apart again."""
+    """The numbers of named tuples one after another, for a kernel to take apart again."""
     return np.array(sum(groups, ()), np.int64)
 
 

@@ -8,7 +8,7 @@ using acc_t = accumulator_of<scalar_t>::type;  // coordinates, weights and sums
 
 enum rule_t { MAX, AVG, PS_RFCN, PS_TORCHVISION, PAPER, ALIGNED, LEGACY, RFCN };  // roi_rules.RULES
 
-// What a launch works on (ROI in roi_mean.py): sizes below 2^31, products of them and strides are index_t, strides in
+// What a launch works on (filled as ROI in roi_plan.py): sizes below 2^31, products of them and strides are index_t, strides in
 // elements. Input channels of one output channel are `maps_h * maps_w` score maps, 1 where not position sensitive.
 struct roi_t {
   index_t R;
@@ -99,7 +99,7 @@ struct side_t {
   int first, last;         // it touches no line of the map but first <= line < last, and perhaps not all of these
   int points;              // samples that may touch the map; -1: every line from first to last counts in full
   bool nan;                // its shift is not a number
-  double low, origin;      // the number of the first of the samples; "paper": the bin's first pixel
+  double low, origin;      // low: the number of the first of these samples; origin: the bin's first pixel ("paper")
   acc_t base, step, number;  // number: what the mean is taken over; RFCN: counted by line_of
   acc_t reach;             // d shift / d offset, in pixels
 };

@@ -15,7 +15,7 @@ BUILD = "cells"
 THREADS = 256
 
 
-def cells(
+def place_samples(
     device: Device,
     s: np.ndarray,
     flags: Flags,
@@ -27,7 +27,7 @@ def cells(
     *,
     op: str,
 ) -> None:
-    """Fill keys (samples,) and placed (samples, 3) of a tile."""
+    """Fill keys (samples,), the cell of each sample of a tile, and placed (samples, 3): its place there, and mask."""
     blocks = -(-samples // THREADS)
     device.launch(BUILD, "cells", flags, blocks, THREADS, (offset, mask, keys, placed, s), op=op)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dcn_kernels.cuda.cells import cells
+from dcn_kernels.cuda.cells import place_samples
 from dcn_kernels.cuda.compile import CTYPES, Flags
 from dcn_kernels.cuda.device import Device
 from dcn_kernels.cuda.sort import Sorter
@@ -42,7 +42,7 @@ class Gatherer:
         size = {name: int(s[name][0]) for name in ("images", "pixels", "KH", "KW", "OG", "H", "W", "lanes")}
         count = size["images"] * size["pixels"] * size["KH"] * size["KW"] * size["OG"]
         last = self.cells(size["images"], size["OG"], size["H"], size["W"])
-        cells(self.device, s, types, offset, mask, self.sorter.keys, self.placed, count, op=self.op)
+        place_samples(self.device, s, types, offset, mask, self.sorter.keys, self.placed, count, op=self.op)
         keys, samples = self.sorter.sort(count, last, op=self.op)
         flags = _flags(self.placed.dtype.name, grad.dtype.name, VEC, planes)
         self._launch("cell_starts", flags, last + 1, (keys, self.starts, np.int64(count), np.int64(last)))

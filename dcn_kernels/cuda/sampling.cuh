@@ -94,13 +94,13 @@ __device__ __forceinline__ acc_t corner_weight(acc_t ly, acc_t lx, int q) {
   return (q / 2 ? ly : 1 - ly) * (q % 2 ? lx : 1 - lx);
 }
 
-// `last`: the line that no clamped position is past.
 // What the samples of one axis take from one line of pixels: the sums of g(line, p) and of its right-hand derivative.
 struct line_t {
   acc_t weight, slope;
   bool counts, moves;  // some sample that counts, that moves, has the line in its cell
 };
 
+// Adds what one sample takes from `line`. `last`: the line that no clamped position lies past.
 __device__ __forceinline__ void add_sample(line_t& to, const axis_t& at, int line, int last) {
   if (!(at.counts || at.moves)) return;  // the position may be anywhere
   const acc_t cell = floor(at.position), l = at.position - cell;

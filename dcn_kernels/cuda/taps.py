@@ -1,4 +1,4 @@
-"""The tile of a deformable convolution as the kernels take it: conv_t of taps.cuh, and the types of a build."""
+"""The tile of a deformable convolution as the kernels take it: conv_t of tile.cuh, and the types of a build."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-// What a launch works on: conv_t, the sizes and strides of one tile.
-// One tile of a deformable convolution: `pixels` output pixels from `first_pixel` of each of `images` images. The
-// launcher fills it (CONV in taps.py); sizes are below 2^31 (checked there), products of them are index_t.
+// What a launch works on: one tile of a deformable convolution, its sizes and strides.
+//
+// A tile is `pixels` output pixels from `first_pixel` on, of each of `images` images. The launcher fills conv_t (CONV in
+// taps.py) and checks that each size is below 2^31; products of sizes are index_t.
 struct conv_t {
   int C, H, W, OH, OW, KH, KW, OG, groups;
   int stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;

@@ -1,7 +1,8 @@
 """Calls noted while a program runs, as layers that `dcn-bench profile --shapes` times.
 
-Kept of a call: the operator, the sizes and options, the dtype, how the input lies in memory, how often, and of its
-offsets how far they spread. Nothing else of the arrays' contents.
+Of a call these are kept: the operator, the sizes and options, the dtype, how the input lies in memory, how many such
+calls there were, and of its offsets how many there are, their standard deviation (a layer's `spread`) and how many of
+them lie within `LIMITS`. Nothing else of the arrays' contents is kept.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from dcn_kernels.dispatch.call import public
 from dcn_kernels.dispatch.row import Op, Params, Shape
 from dcn_kernels.ops.registry import OPS
 
-LIMITS = (1, 4, 16)  # the shares are of offsets within so far, in their own unit
-LEAST_SPREAD = 0.01  # written for offsets that are all alike
-# What changes no result, or is no property of a layer.
+LIMITS = (1, 4, 16)  # a layer's `source` tells the share of offsets within each of these, in the offsets' unit
+LEAST_SPREAD = 0.01  # what is written where offsets are all alike: a layer's spread must be above 0
+# Options left out of a layer's `source`: they change no result, or are no property of a layer.
 _UNTOLD = ("deterministic", "validate", "workspace_bytes")
 
 

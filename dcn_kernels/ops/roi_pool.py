@@ -335,7 +335,8 @@ def roi_align(
     array([[ 2.5,  4.5],
            [10.5, 12.5]], dtype=float32)
     """
-    params = _align_params(output_size, spatial_scale, sampling_ratio, deterministic, validate, aligned=aligned)
+    params = _align_params(output_size, spatial_scale, sampling_ratio, deterministic, validate)
+    params["aligned"] = aligned
     return call(ROI_ALIGN, "forward", {"input": input, "rois": rois}, params, backend=backend, out=out)
 
 
@@ -389,7 +390,8 @@ def roi_align_backward(
            [1., 1.]], dtype=float32)
     """
     arrays = {"grad_output": grad_output, "input": input, "rois": rois}
-    params = _align_params(output_size, spatial_scale, sampling_ratio, deterministic, validate, aligned=aligned)
+    params = _align_params(output_size, spatial_scale, sampling_ratio, deterministic, validate)
+    params["aligned"] = aligned
     return call(ROI_ALIGN, "backward", arrays, params, backend=backend, wrt=wrt)
 
 
@@ -515,13 +517,12 @@ def _ps_params(
 
 
 def _align_params(
-    output_size: Any, spatial_scale: Any, sampling_ratio: Any, deterministic: Any, validate: Any, **aligned: Any
+    output_size: Any, spatial_scale: Any, sampling_ratio: Any, deterministic: Any, validate: Any
 ) -> Params:
     return {
         "output_size": output_size,
         "spatial_scale": spatial_scale,
         "sampling_ratio": sampling_ratio,
-        **aligned,
         "deterministic": deterministic,
         "validate": validate,
     }

@@ -34,9 +34,8 @@ def slopes_on_lines(image: np.ndarray, border: str, y: np.ndarray, x: np.ndarray
         return image[row, column] if 0 <= row < H and 0 <= column < W else 0.0
 
     slopes = np.zeros((2, *y.shape))
-    first = (
-        -1 if border == "zeros" else 0
-    )  # the first line with a slope; at H-1 "zeros" falls to 0, the others are flat
+    # the lines that have a slope: under "zeros" also -1, and H-1, from where the value falls to 0; else 0 .. H-2
+    first = -1 if border == "zeros" else 0
     last = 0 if border == "zeros" else 1
     for at in np.ndindex(y.shape):
         row, column = int(y[at]), int(x[at])
@@ -73,7 +72,7 @@ MAP = (2, 6, 7)  # N, H, W
 
 
 def distinct(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """Maps whose pixels differ by a quarter at least, so that a maximum stays where it is under a small step."""
+    """Maps whose pixels differ by at least a quarter, so that a small step does not move a maximum to another pixel."""
     planes = [rng.permutation(shape[-2] * shape[-1]) for _ in range(shape[0] * shape[1])]
     return np.stack(planes).reshape(shape) / 4 - shape[-2] * shape[-1] / 8
 
