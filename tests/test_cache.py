@@ -311,3 +311,11 @@ offset_sample2d(*arrays)
         "RuntimeError: the cpu backend needs compilation, which NUMBA_DISABLE_JIT turns off: unset it, or take "
         'backend="reference"'
     )
+
+
+def test_the_stamp_of_a_kernel_is_the_same_in_every_process() -> None:
+    """Numba's functools.singledispatch holds a number that grows with the classes that a process registers."""
+    import_it = "from dcn_kernels.cpu import deform_conv, jit; print(jit.stamp(deform_conv.forward_worker.py_func))"
+    other = "import numba; numba.njit(lambda x: x + 1)(1); "
+    run = lambda code: subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)  # noqa: E731
+    assert run(import_it).stdout == run(other + import_it).stdout

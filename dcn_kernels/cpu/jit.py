@@ -57,6 +57,11 @@ def assembly(text: str) -> str:
     return str(cpu_target.target_context.codegen()._tm.emit_assembly(llvm.parse_assembly(text)))
 
 
+# Their versions are in the stamp. Their functions may hold what differs from process to process, such as the token of a
+# functools.singledispatch.
+VERSIONED = ("numba", "llvmlite", "numpy", "functools")
+
+
 def _describe(thing: Any, seen: set[int], digest: Any) -> None:
     """Add to `digest` all that a function is made of: its code, and by name what it refers to in this package."""
     if hasattr(thing, "py_func"):  # compiled by Numba
@@ -77,7 +82,7 @@ def _describe(thing: Any, seen: set[int], digest: Any) -> None:
             _describe(value, seen, digest)
     elif id(thing) in seen:
         digest.update(getattr(thing, "__qualname__", "").encode())
-    elif isinstance(thing, FunctionType):
+    elif isinstance(thing, FunctionType) and (thing.__module__ or "").partition(".")[0] not in VERSIONED:
         seen.add(id(thing))
         names = _describe_code(thing.__code__, digest)
         _describe([thing.__defaults__, thing.__kwdefaults__], seen, digest)
