@@ -57,6 +57,10 @@ def assembly(text: str) -> str:
     return str(cpu_target.target_context.codegen()._tm.emit_assembly(llvm.parse_assembly(text)))
 
 
+# Their functions are in the stamp by name: what these reach, such as Numba's registries, changes while a process runs.
+_VERSIONED = ("numba", "llvmlite", "numpy")
+
+
 def _describe(thing: Any, seen: set[int], digest: Any) -> None:
     """Add to `digest` all that a function is made of: its code, and by name what it refers to in this package."""
     if hasattr(thing, "py_func"):  # compiled by Numba
@@ -77,7 +81,7 @@ def _describe(thing: Any, seen: set[int], digest: Any) -> None:
             _describe(value, seen, digest)
     elif id(thing) in seen:
         digest.update(getattr(thing, "__qualname__", "").encode())
-    elif isinstance(thing, FunctionType):
+    elif isinstance(thing, FunctionType) and thing.__module__.partition(".")[0] not in _VERSIONED:
         seen.add(id(thing))
         names = _describe_code(thing.__code__, digest)
         _describe([thing.__defaults__, thing.__kwdefaults__], seen, digest)
