@@ -297,7 +297,8 @@ offset_sample2d(*arrays)
 def test_a_kernel_is_kept_under_the_same_name_whatever_was_compiled_before() -> None:
     """Else programs that compile in another order throw away each other's files."""
     program = (
-        "import numpy as np\nfrom dcn_kernels import offset_sample2d\nfrom dcn_kernels.cpu import offset_sample, roi_mean\n"
+        "import numpy as np\nfrom dcn_kernels import offset_sample2d\n"
+        "from dcn_kernels.cpu import offset_sample, roi_mean\n"
         "from dcn_kernels.cpu.jit import stamp\n"
         "workers = offset_sample.forward_worker.py_func, roi_mean.backward_worker.py_func\n"
         "before = [stamp(worker) for worker in workers]\n"
