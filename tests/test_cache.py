@@ -317,5 +317,22 @@ def test_the_stamp_of_a_kernel_is_the_same_in_every_process() -> None:
     """Numba's functools.singledispatch holds a number that grows with the classes that a process registers."""
     import_it = "from dcn_kernels.cpu import deform_conv, jit; print(jit.stamp(deform_conv.forward_worker.py_func))"
     other = "import numba; numba.njit(lambda x: x + 1)(1); "
-    run = lambda code: subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)  # noqa: E731
-    assert run(import_it).stdout == run(other + import_it).stdout
+    runs = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        for code in (import_it, other + import_it)
+    ]
+    assert runs[0].stdout == runs[1].stdout
+
+
+def test_a_kernel_is_kept_under_the_same_name_whatever_was_compiled_before() -> None:
+    """Else programs that compile in another order throw away each other's files."""
+    program = (
+        "import numpy as np\nfrom dcn_kernels import offset_sample2d\n"
+        "from dcn_kernels.cpu import offset_sample, roi_mean\n"
+        "from dcn_kernels.cpu.jit import stamp\n"
+        "workers = offset_sample.forward_worker.py_func, roi_mean.backward_worker.py_func\n"
+        "before = [stamp(worker) for worker in workers]\n"
+        "offset_sample2d(np.zeros((1, 1, 4, 4), np.float32), np.zeros((1, 2, 4, 4), np.float32))\n"
+        "assert before == [stamp(worker) for worker in workers]\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
