@@ -146,9 +146,9 @@ def _parsed(op: str, text: str) -> dict[str, Any]:
     row = _row(op)
     sizes: dict[str, Any] = {}
     parts = text.split(",")
-    short, named = _SHORT.fullmatch(parts[0].strip()), _short(row)
-    if short and short["sizes"].count("x") + 1 == len(named):
-        given = [f"{name}={value}" for name, value in zip(named, short["sizes"].split("x"), strict=True)]
+    short, order = _SHORT.fullmatch(parts[0].strip()), _short(row)
+    if short and short["sizes"].count("x") + 1 == len(order):
+        given = [f"{name}={value}" for name, value in zip(order, short["sizes"].split("x"), strict=True)]
         parts[:1] = given + [f"{name}={short[name]}" for name in ("O", "kernel") if short[name]]
     axes = "x".join(row.axes)
     for part in parts:
@@ -160,7 +160,7 @@ def _parsed(op: str, text: str) -> dict[str, Any]:
         except ValueError:
             numbers = []
         if not numbers or len(numbers) > max(2, len(row.axes)):
-            start = f"{'x'.join(letters)}:O:{'x'.join(f'K{axis}' for axis in row.axes)}"
+            start = f"{'x'.join(order)}:O:{'x'.join(f'K{axis}' for axis in row.axes)}"
             raise ValueError(f"expected NAME=NUMBER or NAME={axes}, or first {start}, got {part.strip()!r}")
         if name in sizes:
             raise ValueError(f"{name} is given twice")
