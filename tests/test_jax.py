@@ -40,7 +40,7 @@ def function(op: Op, sample: Sample) -> Any:
 
 
 def test_every_operator_is_there() -> None:
-    assert set(functions.__all__) == {*dcn_kernels.OPS, "disabled_checks"}
+    assert set(functions.__all__) == {*dcn_kernels.OPS, "disabled_checks", "record_layers"}
 
 
 @pytest.mark.parametrize(("op", "sample"), cases())
