@@ -245,12 +245,19 @@ def _scales(call: DrawnCall) -> dict[str, np.ndarray]:
 def _least(call: DrawnCall, storage: Any, length: float) -> float:
     """What rounding may change in numbers that have no digits left: a step of the result's, and one of each term's.
 
-    A huge factor makes a term's step as much larger, if it comes after the rounding.
+    A huge factor makes a term's step as much larger, if it comes after the rounding. And where the same pixel is added
+    and subtracted, which no other signs tell apart, the reference's own sums leave what float64 rounds of a term.
     """
     steps = [float(ml_dtypes.finfo(each).smallest_subnormal) for each in (storage, accumulator(DTYPES[call.dtype]))]
     arrays = [array.astype(np.float64) for array in (call.grad_output, *call.sample.arrays.values())]
     factor = max(float(np.abs(array[np.isfinite(array)]).max(initial=1)) for array in arrays)
-    return steps[0] + 64 * max(1.0, length) * steps[1] * factor
+    terms = 64 * max(1.0, length)
+    term = 1.0
+    for name, array in {"grad_output": call.grad_output, **call.sample.arrays}.items():
+        if name not in call.op.coordinates:
+            wide = array.astype(np.float64)
+            term *= float(np.abs(wide[np.isfinite(wide)]).max(initial=1))
+    return steps[0] + terms * (steps[1] * factor + np.finfo(np.float64).eps * term)
 
 
 def _error(got: np.ndarray, want: np.ndarray, scale: Any, least: float) -> tuple[float, tuple[int, ...]]:
