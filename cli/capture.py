@@ -39,10 +39,23 @@ def capture(output: str, framework: str, command: tuple[str, ...]) -> None:
         console.fail("expected a module after -m")
     console.check_writable(output)
     target = str(Path(output).resolve())
+    before = _written(output)
     try:
-        done = subprocess.run([python, "-m", "dcn_kernels.cli.recorded", framework, target, *program])
+        child = subprocess.Popen([python, "-m", "dcn_kernels.cli.recorded", framework, target, *program])
     except FileNotFoundError:
         console.fail(f"no interpreter {python!r}")
-    if Path(output).is_file():
+    while True:
+        try:
+            code = child.wait()
+            break
+        except KeyboardInterrupt:
+            continue  # the program got it too, and its layers are written when it ends
+    if _written(output) != before:
         console.note(f"saved {output}")
-    sys.exit(done.returncode if done.returncode >= 0 else 128 - done.returncode)
+    else:
+        console.warn(f"nothing is saved: no call of a layer of {framework} was seen, or the program was killed")
+    sys.exit(code if code >= 0 else 128 - code)
+
+
+def _written(path: str) -> int | None:
+    return Path(path).stat().st_mtime_ns if Path(path).is_file() else None

@@ -397,7 +397,8 @@ def record_layers(path: str | Path | None = None) -> Iterator[Recording]:
     Parameters
     ----------
     path : str or Path, optional
-        Where the layers are written at the end, also after an exception, for ``dcn-bench profile --shapes``.
+        Where the layers are written at the end, also after an exception, for ``dcn-bench profile --shapes``. Nothing is
+        written where there was no call.
 
     Yields
     ------
@@ -419,7 +420,7 @@ def record_layers(path: str | Path | None = None) -> Iterator[Recording]:
         yield recording
     finally:
         _RECORDINGS.remove(recording)
-        if path is not None:
+        if path is not None and recording.calls:
             recording.write(path)
 
 

@@ -80,6 +80,13 @@ def test_a_failing_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest
     assert target.read_text() == "old" and [path.name for path in tmp_path.iterdir()] == ["layers.toml"]
 
 
+def test_a_call_without_regions_is_no_layer() -> None:
+    recording = Recording()
+    arrays = described({"input": np.zeros((1, 2, 4, 4), "f"), "rois": np.zeros((0, 5), "f")})
+    recording.add("roi_align", arrays, {"output_size": 2})
+    assert not recording.calls
+
+
 # ---------------------------------------------------------------- torch
 
 
@@ -195,6 +202,38 @@ def test_dcn_bench_capture(torch: Any, tmp_path: Path) -> None:
     assert done.stdout == f"['--flag', '3'] {tmp_path.name}\n" and "saved layers.toml" in done.stderr
     (layer,) = layers.read_toml(str(tmp_path / "layers.toml")).values()
     assert (layer["op"], layer["C"], layer["spread"]) == ("offset_sample2d", 2, 0.01)
+
+
+def test_dcn_bench_capture_of_no_call_leaves_the_file(torch: Any, tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text("print('nothing')")
+    (tmp_path / "layers.toml").write_text("old")
+    done = capture("-o", "layers.toml", "--", sys.executable, "program.py", cwd=tmp_path)
+    assert done.returncode == 0 and "nothing is saved: no call" in done.stderr and "saved layers" not in done.stderr
+    assert (tmp_path / "layers.toml").read_text() == "old"
+
+
+INTERRUPTED = PROGRAM.replace(
+    "sys.exit(5)",
+    """
+import os, signal, time
+try:
+    os.killpg(os.getpgid(0), signal.SIGINT)  # as Ctrl-C in a terminal: to the command and to the program
+    time.sleep(30)
+except KeyboardInterrupt:
+    time.sleep(1)
+    raise
+""",
+)
+
+
+def test_dcn_bench_capture_waits_for_an_interrupted_program(torch: Any, tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(INTERRUPTED)
+    command = [sys.executable, "-c", "from dcn_kernels.cli.bench import main; main()", "capture", "-o", "layers.toml"]
+    done = subprocess.run(
+        [*command, "--", sys.executable, "program.py"], cwd=tmp_path, capture_output=True, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    assert done.returncode == 130 and "saved layers.toml" in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("command", [["ls"], ["python"], ["python", "-c", "1"], ["python", "-m"]])

@@ -100,11 +100,12 @@ def _bars(plt: Any, panels: Panels, unit: str, title: str, log: bool) -> Any:
 
     series = list(dict.fromkeys(name for places in panels.values() for bars in places.values() for name in bars))
     places = list(dict.fromkeys(place for panel in panels.values() for place in panel))
-    height = 1.6 + len(places) * max(0.5, 0.2 + 0.17 * len(series))
+    most = max(len(bars) for panel in panels.values() for bars in panel.values())
+    height = 1.6 + len(places) * max(0.5, 0.2 + 0.17 * most)
     figure, axes = plt.subplots(
         1, len(panels), figsize=(6.2 * len(panels), height), sharey=True, squeeze=False, layout="constrained"
     )
-    thick = 0.8 / len(series)
+    thick = 0.8 / most
     colours = {name: _COLOURS[number % len(_COLOURS)] for number, name in enumerate(series)}
     for axis, (panel, groups) in zip(axes[0], sorted(panels.items(), reverse=True), strict=True):
         values = [value for bars in groups.values() for value, _ in bars.values()]
@@ -120,7 +121,7 @@ def _bars(plt: Any, panels: Panels, unit: str, title: str, log: bool) -> Any:
             axis.bar_label(drawn, labels, padding=2, fontsize=8)
         if log:
             axis.set_xscale("log")
-            axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if max(values) < 300 * min(values) else (1,)))
             axis.xaxis.set_minor_formatter(ticker.NullFormatter())
             axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
             axis.set_xlim(min(values) / 2, max(values) * 2.5)
@@ -227,9 +228,12 @@ def _scaling(plt: Any, records: dict[str, Record]) -> Any:
             label = f"{row['layer']} {row['backend']}" + ("" if row["offsets"] == "none" else f", {row['offsets']}")
             label += (f", {row['dtype']}" if len(dtypes) > 1 else "") + _suffix(records, name)
             lines.setdefault(row["direction"], {}).setdefault(label, {})[row["threads"]] = row["median_ms"]
-    if all(len(points) < 2 for panel in lines.values() for points in panel.values()):
+    several = {word: {label: at for label, at in panel.items() if len(at) > 1} for word, panel in lines.items()}
+    lines = {word: panel for word, panel in several.items() if panel}  # a single point is no line
+    if not lines:
         raise ValueError("scaling needs rows at two numbers of threads: --threads 1 --threads 2")
-    figure, axes = plt.subplots(1, len(lines), figsize=(5.6 * len(lines), 4.6), squeeze=False)
+    height = max(4.6, 1 + 0.19 * max(map(len, lines.values())))  # of the legend
+    figure, axes = plt.subplots(1, len(lines), figsize=(5.6 * len(lines), height), squeeze=False)
     for axis, (panel, found) in zip(axes[0], lines.items(), strict=True):
         most = 1
         for number, (label, points) in enumerate(found.items()):

@@ -124,8 +124,8 @@ class Recording:
         usual = {**{p: value for p, value in defaults.items() if p not in op.plain_only}, **op.layer_params}
         checked = op.parameters({**usual, **params})
         bound = shapes.bind_symbols(op, arrays, checked)
-        if not all(isinstance(size, int) for size in bound.values()):
-            return  # a symbol of a tracer: the sizes are open
+        if not all(isinstance(size, int) and size for size in bound.values()):
+            return  # a symbol of a tracer: the sizes are open; or nothing to compute, as of no regions
         sizes = {size: _size(op, size, bound, checked) for size in op.layer_sizes}
         first = arrays[next(iter(op.arrays))]
         plain = op.parameters({**usual, **{size: checked[size] for size in op.layer_sizes if size in checked}})

@@ -107,7 +107,8 @@ def record_layers(path: str | Path | None = None) -> Iterator[Recording]:
     Parameters
     ----------
     path : str or Path, optional
-        Where the layers are written at the end, also after an exception, for ``dcn-bench profile --shapes``.
+        Where the layers are written at the end, also after an exception, for ``dcn-bench profile --shapes``. Nothing is
+        written where there was no call.
 
     Yields
     ------
@@ -128,5 +129,5 @@ def record_layers(path: str | Path | None = None) -> Iterator[Recording]:
         with _Watch(recording):
             yield recording
     finally:
-        if path is not None:
+        if path is not None and recording.calls:
             recording.write(path)
