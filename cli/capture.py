@@ -25,7 +25,8 @@ def capture(output: str, framework: str, command: tuple[str, ...]) -> None:
 
     Written are the operator, sizes, options, dtype, how the input lies in memory, how often it was called, and how far
     its offsets reach; nothing else of the arrays. The exit code is the program's. The interpreter must have
-    dcn-kernels installed; to note a part of a program, use dcn_kernels.torch.record_layers in it.
+    dcn-kernels installed, and takes no options of its own (PYTHONUNBUFFERED=1 instead of -u); to note a part of a
+    program, use dcn_kernels.torch.record_layers in it.
 
     \b
     Examples:
