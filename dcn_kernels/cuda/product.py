@@ -90,7 +90,7 @@ FORWARD = (
     Tile("tf32", 33, 64, 64, 2, 2, 3, 9, "58 KB: up to 64 outputs, or more blocks"),
     Tile("tf32", 1, 64, 32, 2, 2, 3, 9, "46 KB: up to 32 outputs, or more blocks still"),
     Tile("plain", 65, 128, 128, 2, 4, 2, 5, "84 KB: 16 multiply-adds of float32 for a read of 16 bytes"),
-    Tile("plain", 33, 64, 64, 2, 2, 2, 5, "42 KB: up to 64 outputs, or more blocks; 54 KB of float64, sm_75 has 64"),
+    Tile("plain", 33, 64, 64, 2, 2, 2, 5, "42 KB: up to 64 outputs, or more blocks; 54 KB of float64"),
     Tile("plain", 1, 64, 32, 2, 2, 2, 5, "34 KB: up to 32 outputs, or more blocks still"),
 )
 
@@ -104,8 +104,11 @@ def shared_bytes(tile: Tile, dtype: np.dtype, split: bool, wide: bool) -> int:
 
 
 def fitting(body: Body, dtype: np.dtype, wide: bool, capability: tuple[int, int]) -> list[Tile]:
-    """The rows that fit, of each size of tile the first; float64's registers allow no more than 64 outputs a block."""
-    most = 64 if dtype == np.float64 else MANY
+    """The rows that fit, of each size of tile the first.
+
+    float64's registers allow no more than 64 outputs a block, and compiled for GPUs before sm_90 no more than 32.
+    """
+    most = MANY if dtype != np.float64 else 64 if capability >= (9, 0) else 32
     found: dict[tuple[int, int], Tile] = {}
     for tile in FORWARD:
         fits = shared_bytes(tile, dtype, body.split, wide) <= shared_bytes_of_a_block(capability)
