@@ -211,6 +211,7 @@ def test_drawn_offset_sample2d_is_that_of_the_reference(
     precision=st.sampled_from(["float32", "ieee"]),
     workspace_bytes=st.sampled_from([None, 1, 40_000]),
 )
+@pytest.mark.nightly
 def test_many_drawn_deform_conv2d_are_those_of_the_reference(
     library: Library, drawn: tuple[Sample, str], how: dict[str, Any], **more: Any
 ) -> None:

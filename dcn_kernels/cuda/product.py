@@ -75,7 +75,17 @@ MANY = 2**31
 # none does, the last that fits. Registers and shared memory (of the widest dtype) are read from NVRTC's machine code;
 # what is said of time is an estimate: nothing here was measured on a GPU.
 FORWARD = (
-    Tile("half", 129, 128, 256, 2, 4, 2, 9, "132 KB, all registers: a sample is blended once for 256 outputs"),
+    Tile(
+        "half",
+        129,
+        128,
+        256,
+        2,
+        4,
+        2,
+        9,
+        "132 KB, all registers (sm_100 has too few): a sample is blended once for 256 outputs",
+    ),
     Tile("half", 65, 128, 128, 2, 4, 3, 9, "116 KB: up to 128 outputs, or more blocks"),
     Tile("half", 65, 128, 128, 2, 4, 2, 5, "84 KB: the same for sm_86, sm_89 and sm_120, which have 99"),
     Tile("half", 33, 128, 64, 4, 2, 3, 9, "92 KB: up to 64 outputs, or more blocks"),
@@ -106,9 +116,11 @@ def shared_bytes(tile: Tile, dtype: np.dtype, split: bool, wide: bool) -> int:
 def fitting(body: Body, dtype: np.dtype, wide: bool, capability: tuple[int, int]) -> list[Tile]:
     """The rows that fit, of each size of tile the first.
 
-    float64's registers allow no more than 64 outputs a block, and compiled for GPUs before sm_90 no more than 32.
+    Registers, by NVRTC's machine code: of float64 no more than 64 outputs a block, before sm_90 no more than 32; of the
+    others no more than 128 from sm_100 on.
     """
-    most = MANY if dtype != np.float64 else 64 if capability >= (9, 0) else 32
+    newest, newer = capability >= (10, 0), capability >= (9, 0)
+    most = (64 if newer else 32) if dtype == np.float64 else 128 if newest else MANY
     found: dict[tuple[int, int], Tile] = {}
     for tile in FORWARD:
         fits = shared_bytes(tile, dtype, body.split, wide) <= shared_bytes_of_a_block(capability)
